@@ -1,0 +1,20 @@
+"""The registry of architectures: one ArchSpec per HF model_type. A new family is one module here and one row below."""
+
+from __future__ import annotations
+
+from converters.archs.base import ArchSpec
+from converters.archs.llama import LLAMA
+from jaxft.errors import JaxftError
+
+ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in (LLAMA,)}
+
+
+def arch_of(model_type: str | None, where: object) -> ArchSpec:
+    """The ArchSpec of an HF model_type; raises JaxftError with the supported ones for any other."""
+    if model_type not in ARCHS:
+        raise JaxftError(
+            f"{where}, field model_type",
+            f"{model_type!r} is not supported (supported: {', '.join(sorted(ARCHS))})",
+            "CONTRIBUTING.md has the recipe for a new architecture",
+        )
+    return ARCHS[model_type]

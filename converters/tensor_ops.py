@@ -1,0 +1,47 @@
+"""Reversible changes of one tensor between two formats, each with its inverse: one table, used in both directions."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class TensorOp(Protocol):
+    """A change of the tensors whose HF name ends in `suffix`; `config` is the HF config dict."""
+
+    @property
+    def suffix(self) -> str: ...
+
+    def apply(self, array: np.ndarray, config: dict[str, Any]) -> np.ndarray: ...
+
+    def invert(self, array: np.ndarray, config: dict[str, Any]) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PermuteRope:
+    """Reorders the output rows of each head from HF's halves (0..H/2, H/2..H) to llama.cpp's pairs (0, H/2, 1, ...).
+
+    HF rotates value i with value i + H/2, llama.cpp's "llama" architecture value 2i with value 2i + 1.
+    Works on weights [heads * H, in] and on biases [heads * H].
+
+    Attributes:
+      suffix: end of the HF tensor names that it applies to.
+      heads_field: the config field that counts the heads.
+    """
+
+    suffix: str
+    heads_field: str
+
+    def apply(self, array: np.ndarray, config: dict[str, Any]) -> np.ndarray:
+        """HF order -> llama.cpp order."""
+        heads = config[self.heads_field]
+        parts = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+        return parts.swapaxes(1, 2).reshape(array.shape)
+
+    def invert(self, array: np.ndarray, config: dict[str, Any]) -> np.ndarray:
+        """llama.cpp order -> HF order."""
+        heads = config[self.heads_field]
+        parts = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
+        return parts.swapaxes(1, 2).reshape(array.shape)

@@ -1,0 +1,25 @@
+"""The project's one error class: where it went wrong, what is wrong, and how to mend it."""
+
+from __future__ import annotations
+
+EXIT_STATUS = 2
+
+
+class JaxftError(Exception):
+    """A problem in what the user gave us, told in words that are enough to mend it.
+
+    Attributes:
+      where: the file, field, row or tensor that is at fault.
+      what: what is wrong with it.
+      how: what to do about it; may be empty.
+    """
+
+    def __init__(self, where: object, what: str, how: str = "") -> None:
+        self.where = str(where)
+        self.what = what
+        self.how = how
+        super().__init__(self.where, what, how)
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}"
+        return f"{text}. {self.how}" if self.how else text
