@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,7 @@ class TensorInfo(NamedTuple):
     dtype: np.dtype
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """An open checkpoint. Opening validates headers; tensor data is read only by `read`.
 

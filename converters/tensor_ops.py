@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 
+@runtime_checkable
 class TensorOp(Protocol):
     """A change of the tensors whose HF name ends in `suffix`; `config` is the HF config dict."""
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from typing import Any
+
+import numpy as np
 
 from converters.tensor_ops import TensorOp
 from jaxft.errors import JaxftError
@@ -56,21 +59,99 @@ class ConfigReader:
             )
 
 
+class MetadataReader:
+    """Reads an architecture's keys of a GGUF file so that none goes unnoticed, as ConfigReader does for config.json.
+
+    Attributes:
+      tensors: names of the tensors in the file; what is missing says something too (no "output.weight": a tied head).
+    """
+
+    def __init__(self, metadata: dict[str, Any], arch: str, tensors: Collection[str], where: object) -> None:
+        self.tensors = tensors
+        self._prefix = f"{arch}."
+        self._left = {k.removeprefix(self._prefix): v for k, v in metadata.items() if k.startswith(self._prefix)}
+        self._where = where
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive integer; a missing one is `default`, or refused without it."""
+        value = self._take(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise self._refuse(key, f"must be a positive integer, not {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive float32, as the shortest decimal that means it: 9.999999747378752e-06 is 1e-05."""
+        value = self._take(key, default)
+        if not isinstance(value, float) or not 0 < value < math.inf:
+            raise self._refuse(key, f"must be a positive number, not {value!r}")
+        return float(str(np.float32(value)))
+
+    def choice(self, key: str, choices: Collection[str], default: str) -> str:
+        """One of the `choices`."""
+        value = self._take(key, default)
+        if not isinstance(value, str) or value not in choices:
+            raise self._refuse(key, f"the value {value!r} is not supported (only {', '.join(choices)})")
+        return value
+
+    def expect(self, key: str, default: Any) -> None:
+        """What the key could say is not implemented: it may only say `default`."""
+        value = self._left.pop(key, default)
+        if isinstance(value, np.ndarray) or value != default:
+            raise self._refuse(key, f"the value {value!r} is not supported (only {default!r})")
+
+    def ignore(self, *keys: str) -> None:
+        """These say nothing about what the model computes."""
+        for key in keys:
+            self._left.pop(key, None)
+
+    def finish(self) -> None:
+        """Refuses whatever was not asked for."""
+        if self._left:
+            keys = ", ".join(f"{self._prefix}{key} = {value!r}" for key, value in sorted(self._left.items()))
+            raise JaxftError(self._where, f"unknown metadata: {keys}", "It may change what the model computes")
+
+    def _take(self, key: str, default: Any) -> Any:
+        value = self._left.pop(key, default)
+        if value is None:
+            raise self._refuse(key, "is missing")
+        return value
+
+    def _refuse(self, key: str, what: str) -> JaxftError:
+        return JaxftError(f"{self._where}, key {self._prefix}{key}", what)
+
+
 @dataclasses.dataclass(frozen=True)
 class GGUFArch:
     """An architecture's facts in GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 
+    Tensor names are not among them: gguf's own name map knows them.
+
     Attributes:
       name: `general.architecture`, also the prefix of its keys.
-      read_config: GGUF metadata {key: value} -> HF config dict.
-      write_metadata: HF config dict -> {key without the prefix: value} in the order llama.cpp's converter writes.
+      read_config: reads its keys into the fields of an HF config that are the architecture's own.
+      write_metadata: the inverse, from the config, {key without the prefix: value} as llama.cpp's converter writes them;
+        raises JaxftError for a fact that llama.cpp's implementation of the architecture does not have.
       tensor_ops: reversible changes from HF tensors to GGUF's; none for most tensors.
     """
 
     name: str
-    read_config: Callable[[dict[str, Any]], dict[str, Any]]
-    write_metadata: Callable[[dict[str, Any]], dict[str, Any]]
+    read_config: Callable[[MetadataReader], dict[str, Any]]
+    write_metadata: Callable[[DecoderConfig], dict[str, int | float | str]]
     tensor_ops: tuple[TensorOp, ...] = ()
+
+    def to_gguf(self, name: str, array: np.ndarray, config: dict[str, Any]) -> np.ndarray:
+        """The HF tensor `name` as GGUF stores it; `config` is the HF config."""
+        for op in self.tensor_ops:
+            if name.endswith(op.suffix):
+                array = op.apply(array, config)
+        return array
+
+    def from_gguf(self, name: str, array: np.ndarray, config: dict[str, Any]) -> np.ndarray:
+        """The inverse of `to_gguf`."""
+        for op in reversed(self.tensor_ops):
+            if name.endswith(op.suffix):
+                array = op.invert(array, config)
+        return array
 
 
 @dataclasses.dataclass(frozen=True)

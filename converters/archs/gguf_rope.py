@@ -1,0 +1,75 @@
+"""RoPE in GGUF, both ways: `rope.*` keys, and the tensor `rope_freqs.weight` that carries Llama 3's scaling.
+
+GGUF has no keys for rope_type "llama3". llama.cpp's converter stores what it does to the frequencies instead: one
+divisor for each rotated pair.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from converters.archs.base import MetadataReader
+from jaxft.errors import JaxftError
+from jaxft.models.config import RopeConfig
+
+FREQUENCIES = "rope_freqs.weight"
+
+# Every Llama 3.1 to 3.3 model has these; only `factor` differs (8 or 32).
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def read_gguf_rope(reader: MetadataReader) -> dict[str, Any]:
+    """`rope_parameters` as HF's config.json has them; refuses YaRN and other scalings by name."""
+    parameters = {"rope_theta": reader.number("rope.freq_base", 10000.0)}
+    kind = reader.choice("rope.scaling.type", ("none", "linear"), "none")
+    reader.ignore("rope.scaling.finetuned")
+    if kind == "none":
+        return {**parameters, "rope_type": "default"}
+    return {**parameters, "rope_type": "linear", "factor": reader.number("rope.scaling.factor")}
+
+
+def write_gguf_rope(rope: RopeConfig) -> dict[str, int | float | str]:
+    """The `rope.*` keys; "llama3" has none beside its theta, see `rope_divisors`."""
+    scaling = {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.factor)} if rope.kind == "linear" else {}
+    return {**scaling, "rope.freq_base": rope.theta}
+
+
+def rope_divisors(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """What "llama3" divides each frequency by: float32 [head_dim / 2], in llama.cpp's arithmetic.
+
+    Wavelengths below original_max / high_freq_factor keep their frequency (1), those beyond original_max /
+    low_freq_factor are divided by `factor`, the band between is blended.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    wavelengths = np.float32(2 * math.pi) * np.float32(rope.theta) ** exponents
+    turns = rope.original_max_position_embeddings / wavelengths
+    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    divisors = 1 / ((1 - smooth) / rope.factor + smooth)
+    divisors[turns > rope.high_freq_factor] = 1
+    divisors[turns < rope.low_freq_factor] = rope.factor
+    return divisors.astype(np.float32)
+
+
+def recognise_llama3(divisors: np.ndarray, rope_parameters: dict[str, Any], head_dim: int, where: object) -> dict[str, Any]:
+    """`rope_parameters` with the llama3 scaling that gives these divisors.
+
+    Raises:
+      JaxftError: no llama3 scaling gives them, or there is another scaling beside them.
+    """
+    tensor = f"{where}, tensor {FREQUENCIES}"
+    if rope_parameters["rope_type"] != "default":
+        raise JaxftError(tensor, f"cannot be combined with rope scaling {rope_parameters['rope_type']!r}")
+    factor = float(divisors.max())
+    fields = {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    rope = RopeConfig(rope_parameters["rope_theta"], "llama3", factor, **_LLAMA3)
+    expected = rope_divisors(rope, head_dim)
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-5, atol=0):
+        raise JaxftError(
+            tensor,
+            f"holds frequency divisors of shape {list(divisors.shape)} up to {factor:g} that are not Llama 3's scaling "
+            f"({', '.join(f'{k} {v:g}' for k, v in _LLAMA3.items())})",
+        )
+    return {**rope_parameters, **fields}

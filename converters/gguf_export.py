@@ -1,0 +1,194 @@
+"""Writes a checkpoint as a GGUF file that llama.cpp loads: metadata, tokenizer, and tensors one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import ml_dtypes
+import numpy as np
+import yaml
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
+
+from converters.archs import arch_of
+from converters.archs.base import ArchSpec, GGUFArch
+from converters.archs.gguf_rope import FREQUENCIES, rope_divisors
+from converters.checkpoint import Checkpoint
+from converters.gguf_tensors import check_tensors, gguf_names
+from converters.gguf_tokenizer import tokenizer_metadata
+from jaxft.console import track, warn
+from jaxft.errors import JaxftError
+from jaxft.files import new_file
+from jaxft.models.config import DecoderConfig
+from jaxft.models.params import expected_tensors
+
+
+class Quantization(NamedTuple):
+    """The type of a file's matrices, and what `general.file_type` calls such a file."""
+
+    type: GGMLQuantizationType
+    file_type: LlamaFileType
+
+
+QUANTIZATIONS = {
+    "f32": Quantization(GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": Quantization(GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": Quantization(GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": Quantization(GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+
+
+class _Tensor(NamedTuple):
+    """One tensor of the file to be written: its names in both worlds, shape and type."""
+
+    hf_name: str
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+
+    @property
+    def nbytes(self) -> int:
+        block, block_bytes = GGML_QUANT_SIZES[self.type]
+        return math.prod(self.shape) // block * block_bytes
+
+
+def write_gguf(checkpoint: Checkpoint, path: Path | str, quantization: str, *, overwrite: bool = False) -> None:
+    """Writes `checkpoint` to the GGUF file `path`; nothing is left there if it fails.
+
+    Vectors and norms are stored as float32. Values that the type holds are stored exactly: float32, float16 and
+    bfloat16 sources lose nothing in "f32", nor in their own type.
+
+    Args:
+      checkpoint: its tensors are read one after the other, each once.
+      path: the file to be written; its folder must exist.
+      quantization: a name in `QUANTIZATIONS`, the type of the matrices. "q8_0" stores those whose rows are not a
+        multiple of 32 as float16, as llama.cpp's converter does.
+      overwrite: replace an existing file.
+
+    Raises:
+      JaxftError: an unknown quantization, an architecture or tokenizer that GGUF cannot hold, tensors that do not fit
+        the config, an existing or unwritable `path` (all before any tensor is read); a value beyond float16's range.
+    """
+    kind = check_quantization(quantization)
+    spec, arch = _architecture(checkpoint)
+    config = spec.decoder_config(checkpoint.config, checkpoint.where)
+    tensors = _plan(checkpoint, arch, config, kind.type)
+    metadata = _metadata(checkpoint, arch, config, kind.file_type)
+    with new_file(path, overwrite=overwrite) as temporary:
+        _write(checkpoint, arch, temporary, tensors, metadata, _extra_tensors(config))
+
+
+def check_quantization(name: str) -> Quantization:
+    """The row of `QUANTIZATIONS`; raises JaxftError with the known ones for any other name."""
+    if name not in QUANTIZATIONS:
+        raise JaxftError(f"GGUF quantization {name!r}", f"is not known (known: {', '.join(QUANTIZATIONS)})")
+    return QUANTIZATIONS[name]
+
+
+def _architecture(checkpoint: Checkpoint) -> tuple[ArchSpec, GGUFArch]:
+    spec = arch_of(checkpoint.config.get("model_type"), checkpoint.where)
+    if spec.gguf is None:
+        raise JaxftError(f"{checkpoint.where}, field model_type", f"{spec.model_type!r} cannot be written as GGUF yet")
+    return spec, spec.gguf
+
+
+def _plan(
+    checkpoint: Checkpoint, arch: GGUFArch, config: DecoderConfig, kind: GGMLQuantizationType
+) -> list[_Tensor]:
+    """What is written, in the checkpoint's order."""
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    check_tensors(shapes, expected_tensors(config), checkpoint.where)
+    names = gguf_names(shapes, arch.name, config.num_hidden_layers)
+    return [_Tensor(hf, names[hf], shape, _tensor_type(names[hf], shape, kind)) for hf, shape in shapes.items()]
+
+
+def _tensor_type(name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizationType:
+    """llama.cpp's rules: float32 for vectors and norms, float16 where a row is no whole number of blocks."""
+    if len(shape) == 1 or name.endswith("_norm.weight"):
+        return GGMLQuantizationType.F32
+    return kind if shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else GGMLQuantizationType.F16
+
+
+def _metadata(
+    checkpoint: Checkpoint, arch: GGUFArch, config: DecoderConfig, file_type: LlamaFileType
+) -> dict[str, Any]:
+    """Every key but `general.*`'s descriptions, in the order of llama.cpp's converter."""
+    tokenizer = checkpoint.tokenizer()
+    if tokenizer is None:
+        warn(f"{checkpoint.where} has no tokenizer, so llama.cpp will only take token ids of the GGUF file")
+    return {
+        **{f"{arch.name}.{key}": value for key, value in arch.write_metadata(config).items()},
+        "general.file_type": int(file_type),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+        **tokenizer_metadata(tokenizer, config.vocab_size, checkpoint.where),
+    }
+
+
+def _extra_tensors(config: DecoderConfig) -> dict[str, np.ndarray]:
+    """What GGUF stores as a tensor and HF in the config."""
+    return {FREQUENCIES: rope_divisors(config.rope, config.head_dim)} if config.rope.kind == "llama3" else {}
+
+
+def _write(
+    checkpoint: Checkpoint,
+    arch: GGUFArch,
+    path: Path,
+    tensors: list[_Tensor],
+    metadata: dict[str, Any],
+    extra: dict[str, np.ndarray],
+) -> None:
+    writer = GGUFWriter(path, arch.name)
+    with contextlib.closing(writer):
+        for name, array in extra.items():
+            writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
+        for tensor in tensors:
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
+        _describe(writer, checkpoint)
+        for key, value in metadata.items():
+            _add(writer, key, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for array in extra.values():
+            writer.write_tensor_data(array)
+        for tensor in track(tensors, f"writing {path.name[1:].split('.gguf')[0]}.gguf"):
+            array = arch.to_gguf(tensor.hf_name, checkpoint.read(tensor.hf_name), checkpoint.config)
+            writer.write_tensor_data(_encode(array, tensor, checkpoint.where))
+
+
+def _describe(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+    """`general.*`: the name, size and, from a model card beside the checkpoint, licence and origin."""
+    writer.add_type(gguf.GGUFType.MODEL)
+    source = Path(checkpoint.where)
+    n_parameters = writer.get_total_parameter_count()
+    try:
+        described = gguf.Metadata.load(None, source if source.is_dir() else None, None, n_parameters[0])
+    except yaml.YAMLError as error:
+        raise JaxftError(source / "README.md", "its YAML front matter cannot be read", "Mend or delete it") from error
+    described.name = described.name or source.stem
+    described.size_label = described.size_label or gguf.size_label(*n_parameters)
+    described.set_gguf_meta_model(writer)
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    """One key with GGUF's type for the Python type: uint32, float32, bool, string or array."""
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add.get(type(value), writer.add_array)(key, value)
+
+
+def _encode(array: np.ndarray, tensor: _Tensor, where: object) -> np.ndarray:
+    """The values in the tensor's type, as an array whose bytes are those of the file."""
+    if tensor.type == GGMLQuantizationType.BF16:
+        return np.ascontiguousarray(array.astype(ml_dtypes.bfloat16))
+    try:
+        with np.errstate(over="raise", invalid="raise"):
+            return np.ascontiguousarray(gguf.quants.quantize(array.astype(np.float32, copy=False), tensor.type))
+    except FloatingPointError as error:
+        raise JaxftError(
+            f"{where}, tensor {tensor.hf_name}",
+            f"has values that {tensor.type.name} cannot hold (NaN, infinite, or beyond float16's 65504)",
+            "Write f32 or bf16 instead",
+        ) from error

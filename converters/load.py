@@ -1,0 +1,72 @@
+"""From any open checkpoint to a Decoder, refusing whatever is not understood."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+from jax.typing import DTypeLike
+
+from converters.archs import arch_of
+from converters.checkpoint import Checkpoint
+from converters.gguf_tensors import check_tensors
+from jaxft.console import progress
+from jaxft.errors import JaxftError
+from jaxft.models.config import DecoderConfig
+from jaxft.models.decoder import Decoder
+from jaxft.models.params import build_decoder, expected_tensors
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Buffers that older checkpoints carry and that are computed from the config.
+_BUFFERS = ("rotary_emb.inv_freq",)
+_FLOATS = {np.dtype(dtype) for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
+
+
+def load_decoder(checkpoint: Checkpoint, *, dtype: DTypeLike, quantization: str | None = None) -> Decoder:
+    """A Decoder with the checkpoint's weights, one tensor at a time.
+
+    Args:
+      dtype: of every parameter that is not quantized.
+      quantization: a name in `jaxft.quant.QUANTIZATIONS` for the linears of the layers, or None.
+
+    Raises:
+      JaxftError: see `check`.
+    """
+    config = check(checkpoint)
+    with progress("loading weights", len(expected_tensors(config))) as advance:
+
+        def read(name: str) -> np.ndarray:
+            advance(note=name)
+            return checkpoint.read(name)
+
+        return build_decoder(config, read, dtype=dtype, quantization=quantization)
+
+
+def check(checkpoint: Checkpoint) -> DecoderConfig:
+    """The checkpoint's DecoderConfig, after everything in it was understood.
+
+    Raises:
+      JaxftError: an unknown model_type; an unknown config field; tensors that are missing, not expected, of another
+        shape, or not floating point, all of them listed; a tied head that is not the embedding.
+    """
+    spec = arch_of(checkpoint.config.get("model_type"), checkpoint.where)
+    config = spec.decoder_config(checkpoint.config, checkpoint.where)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items() if not name.endswith(_BUFFERS)}
+    if config.tie_word_embeddings and _HEAD in shapes:
+        _check_tied_head(checkpoint)
+        del shapes[_HEAD]
+    check_tensors(shapes, expected_tensors(config), checkpoint.where)
+    other = [f"{name} is {checkpoint.tensors[name].dtype}" for name in shapes if checkpoint.tensors[name].dtype not in _FLOATS]
+    if other:
+        raise JaxftError(checkpoint.where, f"only floating-point tensors of 16 bits and more can be used: {'; '.join(other)}")
+    return config
+
+
+def _check_tied_head(checkpoint: Checkpoint) -> None:
+    """Some checkpoints store a tied head all the same: it must be the embedding, bit by bit."""
+    same = checkpoint.tensors.get(_EMBEDDING) == checkpoint.tensors[_HEAD] and np.array_equal(
+        *(checkpoint.read(name).view(np.uint8) for name in (_EMBEDDING, _HEAD))
+    )
+    if not same:
+        raise JaxftError(
+            f"{checkpoint.where}, tensor {_HEAD}", f"differs from {_EMBEDDING}, though config.json says tie_word_embeddings"
+        )

@@ -1,0 +1,120 @@
+"""Checkpoints that are computed as they are read: a decoder in memory, and a base with an adapter merged into it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from converters.checkpoint import Checkpoint, TensorInfo
+from converters.peft_io import Adapter, scale_of
+from jaxft.errors import JaxftError
+from jaxft.models.decoder import Decoder
+from jaxft.models.params import TensorView, tensor_views
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class DecoderCheckpoint:
+    """A decoder's base weights, without its adapter, in the dtypes of the checkpoint that it came from.
+
+    Args:
+      decoder: quantized weights come dequantized.
+      source: where config, tokenizer and dtypes are taken from.
+    """
+
+    def __init__(self, decoder: Decoder, source: Checkpoint) -> None:
+        self._source = source
+        self._views: dict[str, TensorView] = tensor_views(decoder)
+        self.where = source.where
+        self.config = source.config
+        self.tensors = {
+            name: TensorInfo(view.shape, source.tensors[name].dtype) for name, view in self._views.items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in the source's dtype."""
+        return self._views[name].read().astype(self.tensors[name].dtype)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The source's."""
+        return self._source.tokenizer()
+
+    def sidecars(self) -> dict[str, bytes]:
+        """The source's."""
+        return self._source.sidecars()
+
+
+class MergedCheckpoint:
+    """W + scale * B A for every adapted weight of `base`, computed in float32 one tensor at a time, in W's dtype.
+
+    Raises:
+      JaxftError: an adapted weight that the base does not have, or whose shape does not fit.
+    """
+
+    def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
+        self._base = base
+        self._adapter = adapter
+        self._adapted = {name.removesuffix(".lora_A.weight") for name in adapter.tensors if name.endswith("lora_A.weight")}
+        for module in self._adapted:
+            a, b = self._factors(module)
+            info = base.tensors.get(f"{module}.weight")
+            if info is None or info.shape != (b.shape[0], a.shape[1]):
+                found = "has no such weight" if info is None else f"has a weight of {list(info.shape)} there"
+                raise JaxftError(
+                    base.where, f"the adapter changes {module} [{b.shape[0]}, {a.shape[1]}], but the base {found}"
+                )
+        self.where = base.where
+        self.config = base.config
+        self.tensors = base.tensors
+
+    def _factors(self, module: str) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(self._adapter.tensors[f"{module}.lora_{part}.weight"].astype(np.float32) for part in "AB")
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, merged where the adapter has a pair for it."""
+        weight = self._base.read(name)
+        module = name.removesuffix(".weight")
+        if module not in self._adapted:
+            return weight
+        a, b = self._factors(module)
+        merged = weight.astype(np.float32) + np.float32(scale_of(self._adapter, module)) * (b @ a)
+        return merged.astype(weight.dtype)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The base's."""
+        return self._base.tokenizer()
+
+    def sidecars(self) -> dict[str, bytes]:
+        """The base's."""
+        return self._base.sidecars()
+
+
+class CastCheckpoint:
+    """`base` with its floating-point tensors of more than 16 bits in bfloat16, and config.json saying so."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        import ml_dtypes
+
+        self._base = base
+        self._dtype = np.dtype(ml_dtypes.bfloat16)
+        self.where = base.where
+        self.config = {**base.config, "dtype": "bfloat16"}
+        self.config.pop("torch_dtype", None)
+        self.tensors = {
+            name: info._replace(dtype=self._dtype if info.dtype.itemsize > 2 else info.dtype)
+            for name, info in base.tensors.items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, cast where it is wider than 16 bits."""
+        return self._base.read(name).astype(self.tensors[name].dtype)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The base's."""
+        return self._base.tokenizer()
+
+    def sidecars(self) -> dict[str, bytes]:
+        """The base's."""
+        return self._base.sidecars()

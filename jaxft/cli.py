@@ -1,0 +1,183 @@
+"""`jaxft sft`, `jaxft generate`, `jaxft demo`: the Python API's own dataclasses as flags.
+
+A YAML file given by ``--config`` holds the same names as the flags (``learning_rate: 1e-3``); flags win over it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from jaxft import demo as demo_module
+from jaxft.api import FastLanguageModel, LanguageModel, SaveMethod, check_gguf_quantizations
+from jaxft.console import run_command
+from jaxft.errors import JaxftError
+from jaxft.lora import LoraConfig
+from jaxft.train.sft import SFTConfig, SFTTrainer
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how it is loaded.
+
+    Attributes:
+      model_name: a folder (Hugging Face, Orbax or a PEFT adapter), a .gguf file, or a name on the hub.
+      dtype: of activations and of what is not quantized; None is bfloat16 on a GPU and float32 on a CPU.
+      load_in_4bit: keep the linears of the layers in NF4.
+    """
+
+    model_name: str
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    load_in_4bit: bool = True
+
+    def load(self) -> LanguageModel:
+        """The model with its tokenizer."""
+        return FastLanguageModel.from_pretrained(self.model_name, dtype=self.dtype, load_in_4bit=self.load_in_4bit)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig(LoraConfig):
+    """The adapter that is trained.
+
+    Attributes:
+      r: rank.
+      lora_alpha: numerator of the scale.
+      lora_dropout: probability of dropping a value of the adapter's input in training.
+      target_modules: names of the linears to adapt.
+      use_rslora: scale by 1/sqrt(r) instead of 1/r.
+      use_gradient_checkpointing: what a layer keeps for its backward pass: none, full, offload.
+      random_state: seed of the initial values.
+    """
+
+    use_gradient_checkpointing: str = "offload"
+    random_state: int = 3407
+
+
+def sft(
+    model: ModelConfig,
+    data: Path,
+    lora: AdapterConfig = AdapterConfig(),
+    train: SFTConfig = SFTConfig(),
+    save: tuple[SaveMethod, ...] = (),
+    gguf: tuple[str, ...] = (),
+) -> None:
+    """Fine-tune a model with LoRA or QLoRA on a file of rows.
+
+    Args:
+      model: the model.
+      data: a .jsonl or .json file of messages, prompt/completion or text rows.
+      lora: the adapter.
+      train: the run.
+      save: merged checkpoints to write beside the adapter.
+      gguf: quantizations of GGUF files to write, for example q8_0.
+    """
+    check_gguf_quantizations(gguf)
+    language_model = model.load()
+    FastLanguageModel.get_peft_model(language_model, **dataclasses.asdict(lora))
+    SFTTrainer(language_model, train_dataset=data, args=train).train()
+    output_dir = Path(train.output_dir)
+    overwrite = train.overwrite_output_dir
+    language_model.save_pretrained(output_dir / "adapter", overwrite=overwrite)
+    for method in save:
+        language_model.save_pretrained_merged(output_dir / method, save_method=method, overwrite=overwrite)
+    if gguf:
+        language_model.save_pretrained_gguf(output_dir / "gguf", quantization_method=gguf, overwrite=overwrite)
+
+
+def generate(
+    model: ModelConfig,
+    prompt: tuple[str, ...],
+    max_new_tokens: int = 128,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool = True,
+) -> None:
+    """Print a model's answers to one or more prompts.
+
+    Args:
+      model: the model, or an adapter of it.
+      prompt: one text for each answer.
+      max_new_tokens: at most so many for each.
+      do_sample: draw tokens instead of taking the most likely ones.
+      temperature: of the drawing.
+      top_k: draw from the k most likely tokens; 0 is all.
+      top_p: draw from the most likely tokens that together reach this probability.
+      seed: of the drawing.
+      chat: put each prompt into the tokenizer's chat template as the user's turn.
+    """
+    language_model = model.load()
+    answers = language_model.answer(
+        prompt, chat=chat, max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k,
+        top_p=top_p, seed=seed,
+    )
+    for text in answers:
+        print(text)
+
+
+def demo(output_dir: Path = Path("demo_output"), overwrite: bool = True) -> None:
+    """Fine-tune a packaged 135M model on a verifiable task, measure it before and after, and export it.
+
+    Args:
+      output_dir: gets the adapter, the merged checkpoint, the GGUF file, the metrics and the plot.
+      overwrite: replace what an earlier demo wrote there.
+    """
+    demo_module.run(output_dir, overwrite=overwrite)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status (2 for any problem in what the user gave)."""
+    return run_command(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(argv: list[str]) -> None:
+    tyro.extras.subcommand_cli_from_dict(
+        {"sft": sft, "generate": generate, "demo": demo},
+        args=expand_config(argv),
+        prog="jaxft",
+        description="Fine-tune language models in JAX: exact LoRA and QLoRA, and everything around it.",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+    )
+
+
+def expand_config(argv: list[str]) -> list[str]:
+    """Replaces ``--config FILE`` by the flags that the YAML file spells, in front of the others, which win."""
+    if "--config" not in argv:
+        return argv
+    at = argv.index("--config")
+    if at + 1 == len(argv):
+        raise JaxftError("--config", "needs a file")
+    rest = argv[:at] + argv[at + 2 :]
+    return [*rest[:1], *config_flags(Path(argv[at + 1])), *rest[1:]]
+
+
+def config_flags(path: Path) -> list[str]:
+    """The flags behind a YAML mapping of names to values; lists become several values, null leaves the default.
+
+    Raises:
+      JaxftError: a file that is missing, is not YAML, or is not a flat mapping.
+    """
+    import yaml
+
+    try:
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise JaxftError(path, f"cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise JaxftError(path, f"is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise JaxftError(path, "must be a mapping of setting names to values")
+    flags: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            raise JaxftError(f"{path}, {name}", "is a mapping; settings are flat, as the command's flags are")
+        if value is not None:
+            flags += [f"--{str(name).replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return flags

@@ -1,0 +1,1 @@
+"""Rows in, batches out: `formats` reads rows, `chat` tokenizes and masks them, `packing` and `loader` batch them."""

@@ -1,0 +1,67 @@
+"""Writing so that nothing is half-written: output folders are checked first, files appear by renaming."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxft.errors import JaxftError
+
+
+def prepare_output_dir(path: str | Path, *, overwrite: bool = False) -> Path:
+    """Creates `path`, or accepts it where it is an empty folder (with `overwrite`, any folder).
+
+    Raises:
+      JaxftError: it is a file, is not empty, or cannot be written to.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise JaxftError(path, "is a file, not a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not overwrite and any(path.iterdir()):
+            raise JaxftError(path, "is not empty", "Choose another folder, or ask for overwriting")
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise JaxftError(path, f"cannot be written to ({error.strerror})") from error
+    return path
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder beside `path` that becomes `path` at the end, or is removed on any exception."""
+    path = prepare_output_dir(path, overwrite=overwrite)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        shutil.rmtree(path)
+        temporary.chmod(0o755)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary file name beside `path` that becomes `path` at the end, or is removed on any exception."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise JaxftError(path, "exists already", "Choose another name, or ask for overwriting")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise JaxftError(path, f"cannot be written ({error.strerror})") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,100 @@
+"""Self-attention: projections, q/k norm, rotation, and the kernel; with a KV cache for generation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+import pallas_kernels as pk
+from jaxft.models.config import DecoderConfig, LayerFacts
+from jaxft.models.layers import Linear, RMSNorm
+
+
+class SequenceInfo(NamedTuple):
+    """What attention knows of a batch beside the activations; the same for every layer.
+
+    Attributes:
+      cos, sin: float32 [B, T, R/2].
+      positions: int32 [B, T].
+      segment_ids: int32 [B, T], 0 for padding; None means one document a row.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array | None
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all layers: [L, B, S, K, H] each. Slot s of row b holds the token at position s."""
+
+    k: jax.Array
+    v: jax.Array
+
+    @classmethod
+    def zeros(cls, config: DecoderConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
+        """An empty cache of `slots` positions for each of `batch` rows."""
+        shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def write(self, layer: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVCache:
+        """Puts k and v [B, T, K, H] at `positions` [B, T] of `layer`."""
+        rows = jnp.arange(k.shape[0])[:, None]
+        return KVCache(
+            self.k.at[layer, rows, positions].set(k.astype(self.k.dtype)),
+            self.v.at[layer, rows, positions].set(v.astype(self.v.dtype)),
+        )
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with grouped key/value heads."""
+
+    def __init__(self, config: DecoderConfig, *, stack: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        c = config
+        self.config = config
+
+        def linear(name: str, inputs: int, outputs: int, bias: bool) -> Linear:
+            return Linear(name, inputs, outputs, bias=bias, stack=stack, dtype=dtype, rngs=rngs)
+
+        self.q_proj = linear("q_proj", c.hidden_size, c.num_attention_heads * c.head_dim, c.qkv_bias)
+        self.k_proj = linear("k_proj", c.hidden_size, c.num_key_value_heads * c.head_dim, c.qkv_bias)
+        self.v_proj = linear("v_proj", c.hidden_size, c.num_key_value_heads * c.head_dim, c.qkv_bias)
+        self.o_proj = linear("o_proj", c.num_attention_heads * c.head_dim, c.hidden_size, c.o_bias)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, stack=stack, dtype=dtype)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, stack=stack, dtype=dtype)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        info: SequenceInfo,
+        facts: LayerFacts,
+        *,
+        layer: jax.Array,
+        cache: KVCache | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Returns the output [B, T, D] and the cache with this layer's keys and values in it (None without one)."""
+        c = self.config
+        q_BTNH = self._heads(self.q_proj(x_BTD, dropout_key), c.num_attention_heads)
+        k_BTKH = self._heads(self.k_proj(x_BTD, dropout_key), c.num_key_value_heads)
+        v_BTKH = self._heads(self.v_proj(x_BTD, dropout_key), c.num_key_value_heads)
+        if c.qk_norm:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BTNH, k_BTKH = pk.rope(q_BTNH, k_BTKH, info.cos, info.sin)
+        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+        if cache is None:
+            out_BTNH = pk.attention(q_BTNH, k_BTKH, v_BTKH, scale=scale, segment_ids=info.segment_ids,
+                                    sliding_window=facts.sliding_window)
+        else:
+            cache = cache.write(layer, k_BTKH, v_BTKH, info.positions)
+            out_BTNH = pk.cached_attention(q_BTNH, cache.k[layer], cache.v[layer], info.positions, scale=scale,
+                                           sliding_window=facts.sliding_window)
+        return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1), dropout_key), cache
+
+    def _heads(self, x: jax.Array, heads: int) -> jax.Array:
+        return x.reshape(*x.shape[:2], heads, self.config.head_dim)

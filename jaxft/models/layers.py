@@ -1,0 +1,107 @@
+"""The leaves of the decoder: linear (with its LoRA pair), RMSNorm, embedding. Weights stay ``[out, in]`` as in HF."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+import pallas_kernels as pk
+from jaxft.quant import QTensor
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    return (0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerView:
+    """One layer of a frozen stack of weights [L, out, in], read where it is used.
+
+    It has the `dequantize` of a QTensor, so a linear saves the stack and the index for its backward pass, which a scan
+    over layers shares, instead of a slice, which it would copy once a layer.
+    """
+
+    stack: jax.Array
+    layer: jax.Array
+
+    def dequantize(self, dtype: DTypeLike) -> jax.Array:
+        """The layer's weight [out, in] in `dtype`."""
+        return jax.lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False).astype(dtype)
+
+
+def at_layer(frozen: nnx.State, layer: jax.Array) -> nnx.State:
+    """One layer of a frozen stack of parameters: weights of linears as views, the small rest as slices."""
+
+    def view(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
+        value = variable.get_value()
+        if isinstance(value, QTensor):
+            return variable.replace(value.at_layer(layer))
+        if value.ndim == 3:
+            return variable.replace(LayerView(value, layer))
+        return variable.replace(jax.lax.dynamic_index_in_dim(value, layer, keepdims=False))
+
+    return nnx.map_state(view, frozen)
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b, plus scale * (x A^T) B^T once `jaxft.lora.attach` has added the pair.
+
+    `weight` [out, in] is an array or a QTensor; a stack of layers has a leading [L] on every parameter.
+    """
+
+    def __init__(self, name: str, in_features: int, out_features: int, *, bias: bool, stack: tuple[int, ...],
+                 dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.name = name
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nnx.Param(_normal(rngs, (*stack, out_features, in_features), dtype))
+        self.bias = nnx.data(nnx.Param(jnp.zeros((*stack, out_features), dtype)) if bias else None)
+        self.lora_A: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_B: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_scale = 1.0
+        self.lora_dropout = 0.0
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """x [..., in] -> [..., out]; LoRA dropout is applied only with a key."""
+        bias = None if self.bias is None else self.bias.get_value()
+        if self.lora_A is None or self.lora_B is None:
+            return pk.lora_linear(x, self.weight.get_value(), bias)
+        return pk.lora_linear(
+            x, self.weight.get_value(), bias, self.lora_A.get_value(), self.lora_B.get_value(),
+            scale=self.lora_scale, lora_x=self._dropped(x, dropout_key),
+        )
+
+    def _dropped(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        if key is None or self.lora_dropout == 0.0:
+            return x
+        keep = 1.0 - self.lora_dropout
+        mask = jax.random.bernoulli(jax.random.fold_in(key, zlib.crc32(self.name.encode()) & 0x7FFFFFFF), keep, x.shape)
+        return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, features: int, eps: float, *, stack: tuple[int, ...], dtype: DTypeLike) -> None:
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((*stack, features), dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return pk.rms_norm(x, self.weight.get_value(), eps=self.eps)
+
+
+class Embedding(nnx.Module):
+    """Rows of `weight` [V, D] by token id."""
+
+    def __init__(self, vocab_size: int, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.weight = nnx.Param(_normal(rngs, (vocab_size, features), dtype))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return jnp.take(self.weight.get_value(), tokens, axis=0)

@@ -1,0 +1,26 @@
+"""The gated MLP: down(act(gate(x)) * up(x))."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+import pallas_kernels as pk
+from jaxft.models.config import DecoderConfig
+from jaxft.models.layers import Linear
+
+
+class MLP(nnx.Module):
+    """Gated linear unit (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: DecoderConfig, *, stack: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.activation = config.hidden_act
+        self.gate_proj = Linear("gate_proj", d, f, bias=bias, stack=stack, dtype=dtype, rngs=rngs)
+        self.up_proj = Linear("up_proj", d, f, bias=bias, stack=stack, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear("down_proj", f, d, bias=bias, stack=stack, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        gate_BTF, up_BTF = self.gate_proj(x_BTD, dropout_key), self.up_proj(x_BTD, dropout_key)
+        return self.down_proj(pk.gated_activation(gate_BTF, up_BTF, activation=self.activation), dropout_key)

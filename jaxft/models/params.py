@@ -1,0 +1,125 @@
+"""Between tensors under Hugging Face names, one a layer, and a decoder's parameters, stacked over layers.
+
+A parameter path is the HF name without the layer's number: ``model.layers.mlp.up_proj.weight`` [L, out, in] holds
+``model.layers.{i}.mlp.up_proj.weight`` [out, in]. Stacking happens in `stack` and unstacking in `unstack`, nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxft.models.config import DecoderConfig
+from jaxft.models.decoder import Decoder, abstract_decoder
+from jaxft.quant import QUANTIZATIONS, QTensor
+
+LAYERS = "layers"
+
+
+def hf_name(path: tuple[Any, ...], layer: int | None) -> str:
+    """('model', 'layers', 'mlp', ...), 3 -> 'model.layers.3.mlp. ...'."""
+    parts = [str(part) for part in path]
+    if layer is not None:
+        parts.insert(parts.index(LAYERS) + 1, str(layer))
+    return ".".join(parts)
+
+
+def hf_names(path: tuple[Any, ...], n_layers: int) -> list[str]:
+    """The HF tensors behind one parameter: one a layer, or the one of that name."""
+    if LAYERS in path:
+        return [hf_name(path, layer) for layer in range(n_layers)]
+    return [hf_name(path, None)]
+
+
+def parameters(decoder: Decoder) -> list[tuple[tuple[Any, ...], nnx.Variable]]:
+    """Every parameter with its path, in the module's order."""
+    return list(nnx.to_flat_state(nnx.state(decoder)))
+
+
+def stack(values: Sequence[jax.Array | QTensor]) -> jax.Array | QTensor:
+    """The layers' values as one with a leading [L]."""
+    first = values[0]
+    return first.stack(values) if isinstance(first, QTensor) else jnp.stack(values)
+
+
+def unstack(value: jax.Array | QTensor) -> list[jax.Array | QTensor]:
+    """The inverse of `stack`."""
+    return value.unstack() if isinstance(value, QTensor) else list(value)
+
+
+def expected_tensors(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """HF name -> shape of every tensor that a checkpoint of this config must hold, one a layer, in the model's order."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path, variable in parameters(abstract_decoder(config, jnp.float32)):
+        shape = variable.get_value().shape
+        for name in hf_names(path, config.num_hidden_layers):
+            found[name] = shape[1:] if LAYERS in path else shape
+    return found
+
+
+def build_decoder(
+    config: DecoderConfig, read: Callable[[str], np.ndarray], *, dtype: DTypeLike, quantization: str | None = None
+) -> Decoder:
+    """A Decoder from tensors under HF names.
+
+    Args:
+      config: the decoder's facts.
+      read: called once for each name of `expected_tensors`; its array is cast to `dtype`.
+      dtype: of every parameter that is not quantized.
+      quantization: a name in `QUANTIZATIONS` for the weights of the layers' linears, quantized one layer at a time from
+        the tensor as it was read; embedding, norms and head stay in `dtype`. None: nothing is quantized.
+    """
+    decoder = abstract_decoder(config, dtype)
+    quantize = QUANTIZATIONS[quantization].quantize if quantization else None
+
+    def load(name: str, quantized: bool) -> jax.Array | QTensor:
+        array = read(name)
+        return quantize(jnp.asarray(array)) if quantized and quantize else jnp.asarray(array, dtype)
+
+    for path, variable in parameters(decoder):
+        quantized = is_quantizable(path)
+        values = [load(name, quantized) for name in hf_names(path, config.num_hidden_layers)]
+        variable.set_value(stack(values) if LAYERS in path else values[0])
+    nnx.update(decoder, nnx.from_flat_state(parameters(decoder)))
+    return decoder
+
+
+def is_quantizable(path: tuple[Any, ...]) -> bool:
+    """Whether this parameter is the weight of a linear inside a layer."""
+    return LAYERS in path and str(path[-2]).endswith("_proj") and path[-1] == "weight"
+
+
+class TensorView(NamedTuple):
+    """One HF tensor of a decoder's base: one layer of a parameter, or the whole of it where `layer` is None."""
+
+    value: jax.Array | QTensor
+    layer: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape, without the stack's leading [L]."""
+        return tuple(self.value.shape) if self.layer is None else tuple(self.value.shape[-2:])
+
+    def read(self) -> np.ndarray:
+        """The values on the host; a quantized weight comes dequantized, in float32."""
+        if isinstance(self.value, QTensor):
+            view = self.value if self.layer is None else self.value.at_layer(jnp.int32(self.layer))
+            return np.asarray(view.dequantize(jnp.float32))
+        return np.asarray(self.value if self.layer is None else self.value[self.layer])
+
+
+def tensor_views(decoder: Decoder) -> dict[str, TensorView]:
+    """HF name -> view of every tensor of the decoder's base, adapters left out."""
+    views: dict[str, TensorView] = {}
+    for path, variable in parameters(decoder):
+        if not isinstance(variable, nnx.LoRAParam):
+            stacked = LAYERS in path
+            for layer, name in enumerate(hf_names(path, decoder.config.num_hidden_layers)):
+                views[name] = TensorView(variable.get_value(), layer if stacked else None)
+    return views

@@ -1,0 +1,1 @@
+"""Training: the jitted step, the loop around it, and supervised fine-tuning on top."""

@@ -1,0 +1,219 @@
+"""NF4: 4-bit NormalFloat with double quantization (Dettmers et al. 2023, arXiv:2305.14314), bitsandbytes' numerics.
+
+A weight [out, in] is read row by row as blocks of 64 values (the last block may be shorter). Each value becomes the
+index of the nearest entry of a 16-entry map after division by its block's largest magnitude (absmax). With double
+quantization the float32 absmax are themselves quantized: their mean (nested_offset) is subtracted and blocks of 256 of
+what is left become indices into a 256-entry map, with one float32 nested_absmax a block:
+
+    absmax[b] = nested_quant_map[absmax_codes[b]] * nested_absmax[b // 256] + nested_offset
+    w[i]      = quant_map[codes[i]] * absmax[i // 64]
+
+each operation rounded to float32 by itself, as bitsandbytes does.
+
+Shapes: codes uint8 [out, in / 2], the first of two values in the high nibble; absmax uint8 (float32 without double
+quantization) [ceil(out * in / 64)]; nested_absmax float32 [ceil(blocks / 256)]; nested_offset float32 [].
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.op import Case, Implementation, Op, register
+
+BLOCK_SIZE = 64
+NESTED_BLOCK_SIZE = 256
+
+# Quantiles of the standard normal distribution, normalised to [-1, 1] with an exact 0 (appendix E of the paper).
+QUANT_MAP = np.array(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    np.float32,
+)
+
+
+def _dynamic_map() -> np.ndarray:
+    """The signed 8-bit dynamic map (Dettmers 2016, arXiv:1511.04561), float32 [256], ascending.
+
+    Seven decades; decade e has 2^e linear steps over [0.1, 1) * 10^(e - 6), entries at their centres, both signs; and 0
+    and 1. The centres are float32; the power of ten multiplies in float32 too, as in the stored maps.
+    """
+    values = [np.float32(0), np.float32(1)]
+    for exponent in range(7):
+        edges = np.linspace(0.1, 1, 2**exponent + 1, dtype=np.float32)
+        centres = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (exponent - 6))
+        values += [*centres, *-centres]
+    return np.sort(np.array(values, np.float32))
+
+
+NESTED_QUANT_MAP = _dynamic_map()
+
+
+class QuantizedArrays(NamedTuple):
+    """What `quantize` makes of one weight; the nested arrays are None without double quantization."""
+
+    codes: jax.Array
+    absmax: jax.Array
+    nested_absmax: jax.Array | None
+    nested_offset: jax.Array | None
+
+
+def quantize(
+    w: jax.Array,
+    *,
+    double_quantization: bool = True,
+    block_size: int = BLOCK_SIZE,
+    nested_block_size: int = NESTED_BLOCK_SIZE,
+) -> QuantizedArrays:
+    """Quantizes a weight [out, in] of any float dtype; may be jitted.
+
+    Raises:
+      ValueError: w is not a matrix, or has an odd number of columns (two values share a byte).
+    """
+    if w.ndim != 2 or w.shape[1] % 2:
+        raise ValueError(f"nf4.quantize: needs a matrix with an even number of columns, not {w.shape}")
+    codes, absmax = _quantize_blocks(w.astype(jnp.float32).reshape(-1), QUANT_MAP, block_size)
+    codes = codes.reshape(w.shape[0], -1, 2)
+    packed = codes[..., 0] << 4 | codes[..., 1]
+    if not double_quantization:
+        return QuantizedArrays(packed, absmax, None, None)
+    offset = jnp.mean(absmax)
+    absmax_codes, nested_absmax = _quantize_blocks(absmax - offset, NESTED_QUANT_MAP, nested_block_size)
+    return QuantizedArrays(packed, absmax_codes, nested_absmax, offset)
+
+
+def _quantize_blocks(values: jax.Array, quant_map: np.ndarray, block_size: int) -> tuple[jax.Array, jax.Array]:
+    """float32 [n] -> (indices uint8 [n] of the nearest map entries, absmax float32 [ceil(n / block_size)])."""
+    size = values.shape[0]
+    blocks = jnp.pad(values, (0, -size % block_size)).reshape(-1, block_size)
+    absmax = jnp.max(jnp.abs(blocks), axis=1)
+    divisor = jnp.maximum(absmax, jnp.finfo(jnp.float32).tiny)[:, None]
+    # bitsandbytes multiplies full blocks by the reciprocal, but divides a shorter last one.
+    scaled = blocks * (1 / divisor)
+    if size % block_size:
+        scaled = scaled.at[-1].set(blocks[-1] / divisor[-1])
+    midpoints = (quant_map[:-1] + quant_map[1:]) / np.float32(2)
+    method = "compare_all" if len(quant_map) <= 16 else "scan"
+    indices = jnp.searchsorted(midpoints, scaled.reshape(-1)[:size], method=method)
+    return indices.astype(jnp.uint8), absmax
+
+
+def dequantize(
+    codes: jax.Array,
+    absmax: jax.Array,
+    nested_absmax: jax.Array | None = None,
+    nested_offset: jax.Array | None = None,
+    *,
+    dtype: Any = jnp.float32,
+    layer: jax.Array | int | None = None,
+    quant_map: jax.Array | None = None,
+    nested_quant_map: jax.Array | None = None,
+    block_size: int = BLOCK_SIZE,
+    nested_block_size: int = NESTED_BLOCK_SIZE,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Returns the weight [out, in] in `dtype`, rounded once from float32.
+
+    Args:
+      codes, absmax, nested_absmax, nested_offset: see the module; with `layer` every array has a leading axis [L].
+      dtype: of the result.
+      layer: int32 scalar; reads this layer of a stack, so that a scan over layers need not slice its codes.
+      quant_map, nested_quant_map: float32 [16] and [256] as stored in a checkpoint; None means the constants.
+      block_size, nested_block_size: 64 and 256.
+      implementation: "xla" or None.
+
+    Raises:
+      ImplementationError: the named implementation does not exist or cannot run these arguments.
+    """
+    return NF4_DEQUANTIZE(
+        codes,
+        absmax,
+        nested_absmax,
+        nested_offset,
+        dtype=dtype,
+        layer=layer,
+        quant_map=quant_map,
+        nested_quant_map=nested_quant_map,
+        block_size=block_size,
+        nested_block_size=nested_block_size,
+        implementation=implementation,
+    )
+
+
+def _at_layer(array: jax.Array | None, layer: jax.Array | int | None) -> jax.Array | None:
+    if array is None or layer is None:
+        return array
+    return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+
+
+def _repeat_blocks(scales: jax.Array, block_size: int, size: int) -> jax.Array:
+    """[blocks] -> [size]: each block's scale for each of its values."""
+    return jnp.broadcast_to(scales[:, None], (scales.shape[0], block_size)).reshape(-1)[:size]
+
+
+def _dequantize_absmax(
+    absmax: jax.Array,
+    nested_absmax: jax.Array | None,
+    nested_offset: jax.Array | None,
+    nested_quant_map: jax.Array,
+    nested_block_size: int,
+) -> jax.Array:
+    """float32 [blocks]: the absmax as stored, or decoded where they are double-quantized."""
+    if nested_absmax is None or nested_offset is None:
+        return absmax
+    product = nested_quant_map[absmax] * _repeat_blocks(nested_absmax, nested_block_size, absmax.shape[0])
+    # Keeps the compiler from contracting the product and the sum into one fused multiply-add of one rounding.
+    return jax.lax.optimization_barrier(product) + nested_offset
+
+
+def _reference(
+    codes: jax.Array,
+    absmax: jax.Array,
+    nested_absmax: jax.Array | None = None,
+    nested_offset: jax.Array | None = None,
+    *,
+    dtype: Any = jnp.float32,
+    layer: jax.Array | int | None = None,
+    quant_map: jax.Array | None = None,
+    nested_quant_map: jax.Array | None = None,
+    block_size: int = BLOCK_SIZE,
+    nested_block_size: int = NESTED_BLOCK_SIZE,
+) -> jax.Array:
+    codes, absmax, nested_absmax, nested_offset, quant_map, nested_quant_map = (
+        _at_layer(array, layer)
+        for array in (codes, absmax, nested_absmax, nested_offset, quant_map, nested_quant_map)
+    )
+    quant_map = jnp.asarray(QUANT_MAP) if quant_map is None else quant_map
+    nested_quant_map = jnp.asarray(NESTED_QUANT_MAP) if nested_quant_map is None else nested_quant_map
+    scales = _dequantize_absmax(absmax, nested_absmax, nested_offset, nested_quant_map, nested_block_size)
+    rows, half = codes.shape
+    values = quant_map[jnp.stack([codes >> 4, codes & 15], axis=-1)].reshape(-1)
+    return (values * _repeat_blocks(scales, block_size, values.shape[0])).astype(dtype).reshape(rows, 2 * half)
+
+
+NF4_DEQUANTIZE = register(
+    Op(
+        name="nf4_dequantize",
+        implementations={"xla": Implementation(_reference)},
+        cases=(),
+    )
+)

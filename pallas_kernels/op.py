@@ -1,0 +1,127 @@
+"""What an op is: one function of arrays with a reference, other implementations, and the cases that prove them.
+
+A public op such as `rms_norm` is a thin signature over its `Op`. With `implementation=None` the op chooses the fastest
+correct implementation for the platform and the shapes, and `Op.choose` says why. A *named* implementation is used or
+refused, never replaced. Tests and benchmarks iterate over `OPS` and each op's `cases`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+REFERENCE = "xla"
+
+
+class ImplementationError(ValueError):
+    """A named implementation does not exist or cannot run these arguments on this platform."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The implementation that an op runs, and why this one."""
+
+    implementation: str
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    Attributes:
+      function: same arguments and result as the op.
+      refuses: `(platform, *args, **kwargs)` -> the reason why it cannot run them there, or None.
+    """
+
+    function: Callable[..., Any]
+    refuses: Callable[..., str | None] = lambda platform, *args, **kwargs: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One named set of arguments, the same for tests and benchmarks.
+
+    Attributes:
+      name: what is special about it.
+      make: (key, dtype) -> the op's keyword arguments; values are scaled so that outputs are O(1).
+      reduction: the longest sum behind one element of a result or gradient; sets the tolerance.
+      differentiable: names of the arguments to differentiate.
+    """
+
+    name: str
+    make: Callable[[jax.Array, Any], dict[str, Any]]
+    reduction: int
+    differentiable: tuple[str, ...] = ()
+
+
+def reference_is_fastest(platform: str, *args: Any, **kwargs: Any) -> Choice:
+    """The `choose` of an op for which nothing measured beats XLA."""
+    return Choice(REFERENCE, "XLA's own fusion is the fastest implementation there is")
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An operation, its implementations and its proof.
+
+    Attributes:
+      name: the public function's name.
+      implementations: by name; always has the reference, "xla".
+      cases: arguments for tests and benchmarks, odd sizes among them.
+      choose_fastest: `(platform, *args, **kwargs)` -> the implementation for `implementation=None`.
+      roundings: how many roundings to the storage dtype a result may see; sets the tolerance.
+    """
+
+    name: str
+    implementations: Mapping[str, Implementation]
+    cases: tuple[Case, ...]
+    choose_fastest: Callable[..., Choice] = reference_is_fastest
+    roundings: int = 2
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """The plain JAX implementation that the others are compared with."""
+        return self.implementations[REFERENCE].function
+
+    def choose(self, *args: Any, implementation: str | None = None, **kwargs: Any) -> Choice:
+        """Returns the implementation for these arguments on JAX's default platform.
+
+        Raises:
+          ImplementationError: the named one is unknown, or refuses the platform or the arguments.
+        """
+        platform = jax.default_backend()
+        if implementation is None:
+            return self.choose_fastest(platform, *args, **kwargs)
+        if implementation not in self.implementations:
+            raise ImplementationError(
+                f"{self.name}: unknown implementation {implementation!r}; it has {', '.join(self.implementations)}"
+            )
+        reason = self.implementations[implementation].refuses(platform, *args, **kwargs)
+        if reason:
+            raise ImplementationError(f"{self.name}: implementation {implementation!r} cannot run this: {reason}")
+        return Choice(implementation, "asked for by name")
+
+    def __call__(self, *args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
+        choice = self.choose(*args, implementation=implementation, **kwargs)
+        return self.implementations[choice.implementation].function(*args, **kwargs)
+
+    def tolerance(self, case: Case, dtype: Any) -> float:
+        """Allowed error, relative to the largest value: storage roundings plus a float32 sum's sqrt(n) growth."""
+        storage, accumulator = float(jnp.finfo(dtype).eps), float(jnp.finfo(jnp.float32).eps)
+        return self.roundings * storage + 2 * math.sqrt(case.reduction) * accumulator
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(op: Op) -> Op:
+    """Adds an op to `OPS`, which tests and benchmarks iterate over."""
+    if op.name in OPS:
+        raise ValueError(f"op {op.name!r} is already registered")
+    OPS[op.name] = op
+    return op
