@@ -38,6 +38,7 @@ $(VENV)/.created:
 
 # One stamp for each extra of pyproject.toml. Ordinary output and warnings of pip are off, its errors are shown.
 $(VENV)/.%: pyproject.toml $(VENV)/.created
+	@echo 'installing jaxft[$*] into $(VENV), once: a minute or two'
 	$(VENV)/bin/python -m pip install -qq -e '.[$*]'
 	@touch $@
 

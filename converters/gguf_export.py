@@ -77,8 +77,11 @@ def write_gguf(checkpoint: Checkpoint, path: Path | str, quantization: str, *, o
     config = spec.decoder_config(checkpoint.config, checkpoint.where)
     tensors = _plan(checkpoint, arch, config, kind.type)
     metadata = _metadata(checkpoint, arch, config, kind.file_type)
-    with new_file(path, overwrite=overwrite) as temporary:
-        _write(checkpoint, arch, temporary, tensors, metadata, _extra_tensors(config))
+    try:
+        with new_file(path, overwrite=overwrite) as temporary:
+            _write(checkpoint, arch, temporary, tensors, metadata, _extra_tensors(config))
+    except OSError as error:
+        raise JaxftError(path, f"could not be written ({error})", "Check the space that is left") from error
 
 
 def check_quantization(name: str) -> Quantization:
@@ -95,9 +98,7 @@ def _architecture(checkpoint: Checkpoint) -> tuple[ArchSpec, GGUFArch]:
     return spec, spec.gguf
 
 
-def _plan(
-    checkpoint: Checkpoint, arch: GGUFArch, config: DecoderConfig, kind: GGMLQuantizationType
-) -> list[_Tensor]:
+def _plan(checkpoint: Checkpoint, arch: GGUFArch, config: DecoderConfig, kind: GGMLQuantizationType) -> list[_Tensor]:
     """What is written, in the checkpoint's order."""
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     check_tensors(shapes, expected_tensors(config), checkpoint.where)
@@ -154,7 +155,7 @@ def _write(
         writer.write_ti_data_to_file()
         for array in extra.values():
             writer.write_tensor_data(array)
-        for tensor in track(tensors, f"writing {path.name[1:].split('.gguf')[0]}.gguf"):
+        for tensor in track(tensors, "writing GGUF"):
             array = arch.to_gguf(tensor.hf_name, checkpoint.read(tensor.hf_name), checkpoint.config)
             writer.write_tensor_data(_encode(array, tensor, checkpoint.where))
 

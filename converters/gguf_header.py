@@ -69,7 +69,7 @@ def read_header(path: Path) -> Header:
         data = np.memmap(path, dtype=np.uint8, mode="r")
     except OSError as error:
         raise JaxftError(path, f"cannot be read ({error.strerror})") from error
-    cursor = _Cursor(memoryview(data), path)
+    cursor = _Cursor(data.data, path)
     n_tensors, n_keys = _read_counts(cursor)
     metadata = _read_metadata(cursor, n_keys)
     entries = [_read_tensor_entry(cursor) for _ in range(n_tensors)]
@@ -111,7 +111,8 @@ class _Cursor:
         value = self.u64(what)
         if value * min_bytes > self.left:
             raise JaxftError(
-                self.path, f"is truncated or corrupt: {what} is {value}, but only {self.left} bytes follow",
+                self.path,
+                f"is truncated or corrupt: {what} is {value}, but only {self.left} bytes follow",
                 "Fetch the file again",
             )
         return value

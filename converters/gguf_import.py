@@ -31,8 +31,15 @@ _STORED = {
     GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
 # The config fields that size the model's tensors.
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-          "num_key_value_heads", "head_dim")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
 class GGUFCheckpoint:
@@ -42,8 +49,8 @@ class GGUFCheckpoint:
     file's matrices if they are all of one half-precision type, else float32; norms are float32 in every GGUF file.
 
     Raises:
-      JaxftError: the file is not a sound GGUF file, its architecture or a fact of it is not supported, or its tensors are
-        not exactly those that its config asks for (all that are missing, unknown or of another shape are listed).
+      JaxftError: the file is not a sound GGUF file, its architecture or a fact of it is not supported, or its tensors
+        are not exactly those that its config asks for (all that are missing, unknown or misshapen are listed).
     """
 
     def __init__(self, path: Path | str) -> None:

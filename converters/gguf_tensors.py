@@ -25,10 +25,8 @@ def gguf_names(hf_names: Iterable[str], arch: str, n_layers: int) -> dict[str, s
     return {name: gguf_name for name, gguf_name in found.items() if gguf_name}
 
 
-def check_tensors(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object
-) -> None:
-    """Raises one JaxftError that lists every tensor that is missing, not expected, or of another shape than expected."""
+def check_tensors(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object) -> None:
+    """Raises one JaxftError that lists every tensor that is missing, unexpected or of another shape."""
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not expected" for name in found if name not in expected]
     problems += [

@@ -93,11 +93,31 @@ _SPECIAL_TOKENS = {
 }
 _PREFIX = "tokenizer.ggml."
 # Keys that do not change which ids a text has: scores are SentencePiece's, the rest helps llama.cpp stop and infill.
+_MARKERS = (
+    "eot",
+    "eom",
+    "fim_pre",
+    "fim_suf",
+    "fim_mid",
+    "fim_pad",
+    "fim_rep",
+    "fim_sep",
+    "prefix",
+    "suffix",
+    "middle",
+)
 _WITHOUT_EFFECT = frozenset(
-    [_PREFIX + "scores", _PREFIX + "token_type_count", "tokenizer.huggingface.json"]
-    + [f"{_PREFIX}{name}_token_id" for name in "eot eom fim_pre fim_suf fim_mid fim_pad fim_rep fim_sep prefix suffix "
-       "middle".split()]
-)  # fmt: skip
+    [f"{_PREFIX}{name}_token_id" for name in _MARKERS]
+    + [_PREFIX + "scores", _PREFIX + "token_type_count", "tokenizer.huggingface.json"]
+)
+_READ = frozenset(
+    [f"{_PREFIX}{name}_token_id" for name in _SPECIAL_TOKENS]
+    + [_PREFIX + name for name in ("model", "pre", "tokens", "token_type", "merges", "add_bos_token", "add_eos_token")]
+)
+# Nothing here does what these ask for, so they may only be false.
+_OFF = frozenset(
+    _PREFIX + name for name in ("add_space_prefix", "add_sep_token", "normalizer.lowercase", "normalizer.strip_accents")
+)
 
 
 def special_token_ids(metadata: dict[str, Any], where: object) -> dict[str, int]:
@@ -188,13 +208,10 @@ def tokenizer_metadata(tokenizer: PreTrainedTokenizerBase | None, vocab_size: in
 
 
 def _refuse_unknown_keys(metadata: dict[str, Any], where: object) -> None:
-    known = {_PREFIX + name for name in ("model", "pre", "tokens", "token_type", "merges", "add_bos_token", "add_eos_token")}
-    known |= {f"{_PREFIX}{name}_token_id" for name in _SPECIAL_TOKENS} | _WITHOUT_EFFECT
-    off = {_PREFIX + name for name in ("add_space_prefix", "normalizer.lowercase", "normalizer.strip_accents", "add_sep_token")}
     for key, value in metadata.items():
-        if key in known or key.startswith("tokenizer.chat_template") or not key.startswith("tokenizer."):
+        if not key.startswith("tokenizer.") or key.startswith("tokenizer.chat_template"):
             continue
-        if key not in off or value is not False:
+        if key not in _READ | _WITHOUT_EFFECT and not (key in _OFF and value is False):
             raise JaxftError(f"{where}, key {key}", f"the value {value!r} is not supported")
 
 
@@ -310,7 +327,7 @@ def _check_bpe(model: dict[str, Any], where: object) -> None:
 
 
 def _row_by_steps(facts: dict[str, Any], where: object) -> PreTokenizer:
-    """Recognises the pre-tokenizer of a tokenizer.json; llama.cpp has no normalizers, NFC leaves nearly all text alone."""
+    """Recognises the pre-tokenizer. llama.cpp never normalizes; NFC is let through, it leaves nearly all text alone."""
     steps, normalizer = _flat(facts["pre_tokenizer"]), facts["normalizer"]
     if normalizer not in (None, {"type": "NFC"}):
         raise JaxftError(f"{where}, tokenizer", f"llama.cpp does not have its normalizer {json.dumps(normalizer)}")
@@ -318,10 +335,10 @@ def _row_by_steps(facts: dict[str, Any], where: object) -> PreTokenizer:
         if steps == _flat({"type": "Sequence", "pretokenizers": row.steps}):
             _check_ignore_merges(facts["model"], row, where)
             return row
+    known = ", ".join(row.names[0] for row in PRE_TOKENIZERS)
     raise JaxftError(
         f"{where}, tokenizer",
-        f"its pre-tokenizer is none of those known to be llama.cpp's ({', '.join(row.names[0] for row in PRE_TOKENIZERS)}): "
-        f"{json.dumps(facts['pre_tokenizer'])}",
+        f"its pre-tokenizer is none of llama.cpp's known ones ({known}): {json.dumps(facts['pre_tokenizer'])}",
         "converters/gguf_tokenizer.py holds the list",
     )
 
@@ -355,7 +372,7 @@ def _padded_vocabulary(facts: dict[str, Any], size: int, where: object) -> tuple
     by_id = {i: token for token, i in facts["model"]["vocab"].items()}
     for i, token in {**by_id, **{i: entry["content"] for i, entry in added.items()}}.items():
         if i >= size:
-            raise JaxftError(f"{where}, tokenizer", f"token {token!r} has the id {i}, but the embedding has {size} rows")
+            raise JaxftError(f"{where}, tokenizer", f"token {token!r} has the id {i}, the embedding only {size} rows")
         tokens[i], types[i] = token, int(_token_type(added.get(i)))
     return tokens, types
 
@@ -382,7 +399,8 @@ def _added_around_text(tokenizer: PreTrainedTokenizerBase, where: object) -> tup
             if full == [tokenizer.bos_token_id] * add_bos + bare + [tokenizer.eos_token_id] * add_eos:
                 return add_bos, add_eos
     raise JaxftError(
-        f"{where}, tokenizer", f"it makes {full} of a text with the ids {bare}; GGUF can only say BOS before and EOS after"
+        f"{where}, tokenizer",
+        f"it makes {full} of a text with the ids {bare}; GGUF can only say BOS before and EOS after",
     )
 
 

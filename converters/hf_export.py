@@ -32,7 +32,10 @@ def write_hf(
       JaxftError: the folder is not empty or cannot be written to.
     """
     shards = plan_shards(checkpoint.tensors, max_shard_size)
-    with new_folder(path, overwrite=overwrite) as folder, progress("writing safetensors", len(checkpoint.tensors)) as done:
+    with (
+        new_folder(path, overwrite=overwrite) as folder,
+        progress("writing safetensors", len(checkpoint.tensors)) as done,
+    ):
 
         def read(name: str) -> np.ndarray:
             done(note=name)

@@ -15,14 +15,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+# Marks the folder of an Orbax checkpoint, which holds the same small files.
+ORBAX_MANIFEST = "jaxft_checkpoint.json"
 # What is carried over byte for byte. Model cards are not: they describe the checkpoint that they came with.
 SIDECARS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
-_NOT_SIDECARS = (CONFIG, "*.safetensors.index.json", "*.bin.index.json", "adapter_config.json", "trainer_state.json",
-                 "jaxft_checkpoint.json")
+_NOT_SIDECARS = (
+    CONFIG,
+    "*.safetensors.index.json",
+    "*.bin.index.json",
+    ADAPTER_CONFIG,
+    "trainer_state.json",
+    ORBAX_MANIFEST,
+)
 _TEMPLATES = "additional_chat_templates"
 # Files that hold a vocabulary; without any of them there is no tokenizer to load.
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
-                 "*.tiktoken")
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+    "*.tiktoken",
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from converters.checkpoint import TensorInfo
-from converters.hf_files import CONFIG, load_tokenizer, read_json, read_sidecars
+from converters.hf_files import ADAPTER_CONFIG, CONFIG, load_tokenizer, read_json, read_sidecars
 from converters.safetensors_io import SafetensorsFile
 from jaxft.errors import JaxftError
 
@@ -73,7 +73,7 @@ def _open_indexed(folder: Path) -> dict[str, SafetensorsFile]:
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
-        raise JaxftError(folder / INDEX, f"names shards that are missing: {', '.join(missing)}", "Download them as well")
+        raise JaxftError(folder / INDEX, f"names shards that are missing: {', '.join(missing)}", "Fetch them too")
     files = {shard: SafetensorsFile(folder / shard) for shard in shards}
     problems = [f"{name} is not in {shard}" for name, shard in weight_map.items() if name not in files[shard].tensors]
     problems += [
@@ -110,8 +110,8 @@ def _no_weights(folder: Path) -> JaxftError:
             "Convert it where you trust it: transformers' AutoModelForCausalLM.from_pretrained(folder)"
             f".save_pretrained(new_folder) writes {WEIGHTS}",
         )
-    if "adapter_config.json" in names:
-        return JaxftError(folder, "is a PEFT adapter without its base model", "Open the base model, or load the adapter")
+    if ADAPTER_CONFIG in names:
+        return JaxftError(folder, "is a PEFT adapter, not a model", "Name the folder of its base model")
     return JaxftError(folder, f"has neither {WEIGHTS} nor {INDEX}")
 
 

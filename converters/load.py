@@ -55,18 +55,25 @@ def check(checkpoint: Checkpoint) -> DecoderConfig:
         _check_tied_head(checkpoint)
         del shapes[_HEAD]
     check_tensors(shapes, expected_tensors(config), checkpoint.where)
-    other = [f"{name} is {checkpoint.tensors[name].dtype}" for name in shapes if checkpoint.tensors[name].dtype not in _FLOATS]
-    if other:
-        raise JaxftError(checkpoint.where, f"only floating-point tensors of 16 bits and more can be used: {'; '.join(other)}")
+    _check_dtypes({name: checkpoint.tensors[name].dtype for name in shapes}, checkpoint.where)
     return config
+
+
+def _check_dtypes(dtypes: dict[str, np.dtype], where: object) -> None:
+    problems = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in _FLOATS]
+    if problems:
+        raise JaxftError(where, f"its tensors must be floating-point numbers of 16 bits or more: {'; '.join(problems)}")
 
 
 def _check_tied_head(checkpoint: Checkpoint) -> None:
     """Some checkpoints store a tied head all the same: it must be the embedding, bit by bit."""
-    same = checkpoint.tensors.get(_EMBEDDING) == checkpoint.tensors[_HEAD] and np.array_equal(
-        *(checkpoint.read(name).view(np.uint8) for name in (_EMBEDDING, _HEAD))
-    )
-    if not same:
+    same = checkpoint.tensors.get(_EMBEDDING) == checkpoint.tensors[_HEAD]
+    if not same or not np.array_equal(_bytes(checkpoint, _EMBEDDING), _bytes(checkpoint, _HEAD)):
         raise JaxftError(
-            f"{checkpoint.where}, tensor {_HEAD}", f"differs from {_EMBEDDING}, though config.json says tie_word_embeddings"
+            f"{checkpoint.where}, tensor {_HEAD}",
+            f"differs from {_EMBEDDING}, though the config says tie_word_embeddings",
         )
+
+
+def _bytes(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    return checkpoint.read(name).view(np.uint8)

@@ -1,13 +1,14 @@
 """Orbax checkpoints: how a model is kept for other JAX programs.
 
 A folder holds `params/`, an Orbax PyTree checkpoint of one flat dict {HF tensor name: array}, one entry a layer; beside
-it config.json, the tokenizer's files and a manifest with the format's version. Any JAX program reads the weights with
-``orbax.checkpoint.PyTreeCheckpointer().restore(folder / "params")``.
+it config.json, the tokenizer's files and a manifest with the format's version and every tensor's shape and dtype. Any
+JAX program reads the weights with ``orbax.checkpoint.PyTreeCheckpointer().restore(folder / "params")``.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from converters.checkpoint import Checkpoint, TensorInfo, stream
-from converters.hf_files import CONFIG, load_tokenizer, read_json, read_sidecars, write_json, write_small_files
+from converters.hf_files import (
+    CONFIG,
+    ORBAX_MANIFEST,
+    load_tokenizer,
+    read_json,
+    read_sidecars,
+    write_json,
+    write_small_files,
+)
+from converters.safetensors_io import nbytes
 from jaxft.console import track
 from jaxft.errors import JaxftError
 from jaxft.files import new_folder
@@ -24,15 +34,17 @@ from jaxft.files import new_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MANIFEST = "jaxft_checkpoint.json"
 PARAMS = "params"
-_FORMAT = {"format": "jaxft-orbax", "version": 1}
+FORMAT, VERSION = "jaxft-orbax", 1
+# What Orbax and TensorStore raise for missing and corrupt files.
+_ORBAX_ERRORS = (OSError, ValueError, KeyError, TypeError)
 
 
 class OrbaxCheckpoint:
     """A folder that `write_orbax` wrote; implements `converters.checkpoint.Checkpoint`.
 
-    Opening reads the metadata; `read` restores one tensor.
+    Opening reads the manifest and, to see whether params/ can be read at all, the smallest tensor. (Orbax's own
+    metadata call opens all tensors at once; when one fails, the others complain on a closed event loop.)
 
     Raises:
       JaxftError: the manifest, config.json or params/ is missing or corrupt, or of another version.
@@ -42,9 +54,9 @@ class OrbaxCheckpoint:
         self._folder = Path(path)
         if not self._folder.exists():
             raise JaxftError(path, "does not exist")
-        _check_manifest(self._folder / MANIFEST)
+        self.tensors: dict[str, TensorInfo] = _read_manifest(self._folder / ORBAX_MANIFEST)
         self.config: dict[str, Any] = read_json(self._folder / CONFIG)
-        self.tensors: dict[str, TensorInfo] = self._read_metadata()
+        self.read(min(self.tensors, key=lambda name: nbytes(self.tensors[name])))
 
     @property
     def where(self) -> str:
@@ -53,11 +65,18 @@ class OrbaxCheckpoint:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in its stored dtype."""
+        params = (self._folder / PARAMS).absolute()
         only = ocp.args.PyTreeRestore(item={name: 0}, partial_restore=True)
         try:
-            return self._checkpointer.restore(self._params, args=only)[name]
+            array = self._checkpointer.restore(params, args=only)[name]
         except _ORBAX_ERRORS as error:
-            raise JaxftError(f"{self._params}, tensor {name}", f"cannot be restored: {error}") from error
+            raise JaxftError(f"{params}, tensor {name}", f"cannot be restored: {error}") from error
+        if not isinstance(array, np.ndarray):  # what stands for a tensor that is not there
+            raise JaxftError(f"{params}, tensor {name}", f"is missing, but {ORBAX_MANIFEST} names it")
+        found = TensorInfo(array.shape, array.dtype)
+        if found != self.tensors[name]:
+            raise JaxftError(f"{params}, tensor {name}", f"is {found}, but {ORBAX_MANIFEST} says {self.tensors[name]}")
+        return array
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The folder's tokenizer; None without its files."""
@@ -67,24 +86,9 @@ class OrbaxCheckpoint:
         """generation_config.json, tokenizer files, chat templates, licences."""
         return read_sidecars(self._folder)
 
-    @property
-    def _params(self) -> Path:
-        return (self._folder / PARAMS).absolute()
-
     @functools.cached_property
     def _checkpointer(self) -> ocp.Checkpointer:
         return ocp.PyTreeCheckpointer()
-
-    def _read_metadata(self) -> dict[str, TensorInfo]:
-        try:
-            tree = self._checkpointer.metadata(self._params).item_metadata.tree
-        except _ORBAX_ERRORS as error:
-            raise JaxftError(self._params, f"is not a sound Orbax checkpoint: {error}") from error
-        return {name: TensorInfo(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in tree.items()}
-
-
-# What Orbax and TensorStore raise for missing and corrupt files.
-_ORBAX_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def write_orbax(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) -> Path:
@@ -97,7 +101,7 @@ def write_orbax(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) 
       JaxftError: the folder is not empty or cannot be written to.
     """
     with new_folder(path, overwrite=overwrite) as folder:
-        write_json(folder / MANIFEST, _FORMAT)
+        write_json(folder / ORBAX_MANIFEST, _manifest(checkpoint.tensors))
         write_small_files(checkpoint, folder)
         tree = dict(track(stream(checkpoint), "reading tensors", len(checkpoint.tensors)))
         with ocp.Checkpointer(_frugal_handler()) as checkpointer:
@@ -118,7 +122,20 @@ def _frugal_handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
 
 
-def _check_manifest(path: Path) -> None:
+def _manifest(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    entries = {name: {"dtype": info.dtype.name, "shape": list(info.shape)} for name, info in tensors.items()}
+    return {"format": FORMAT, "version": VERSION, "tensors": entries}
+
+
+def _read_manifest(path: Path) -> dict[str, TensorInfo]:
     manifest = read_json(path)
-    if manifest != _FORMAT:
-        raise JaxftError(path, f"says {manifest}, and only {_FORMAT} can be read", "Convert the original checkpoint again")
+    found = (manifest.get("format"), manifest.get("version"))
+    if found != (FORMAT, VERSION):
+        raise JaxftError(path, f"says {found}, and only {(FORMAT, VERSION)} can be read", "Convert the original again")
+    try:
+        return {
+            name: TensorInfo(tuple(map(int, entry["shape"])), np.dtype(entry["dtype"]))
+            for name, entry in manifest["tensors"].items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise JaxftError(f"{path}, field tensors", f"is corrupt: {error!r}") from error

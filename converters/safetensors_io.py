@@ -85,7 +85,7 @@ def _validate(path: Path) -> None:
             pass
     except SafetensorError as error:
         raise JaxftError(
-            path, f"is truncated or corrupt: {error}", "Download or copy it again, and compare its size with the original's"
+            path, f"is truncated or corrupt: {error}", "Fetch it again, and compare its size with the original's"
         ) from error
     except OSError as error:
         raise JaxftError(path, f"cannot be read ({error})") from error
@@ -108,7 +108,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, TensorInfo], read: Calla
             array = read(name)
             if (array.shape, array.dtype) != tuple(tensors[name]):
                 raise ValueError(f"{name} was announced as {tensors[name]}, but is {array.dtype} {array.shape}")
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def nbytes(info: TensorInfo) -> int:

@@ -7,8 +7,10 @@ q [B, T, N, H]; k, v [B, S, K, H]; query head n reads kv head n // (N / K), so q
 and values are never repeated. Below, p is the softmax and lse[t] = log sum_s exp(logits[t, s]); with the output's
 cotangent g the gradients are (Dao et al. 2022, arXiv:2205.14135)
 
-    delta[t] = g[t] . out[t]                      dv[s] = sum_t p[t, s] g[t]
-    ds[t, s] = p[t, s] (g[t] . v[s] - delta[t])   dq[t] = scale sum_s ds[t, s] k[s]     dk[s] = scale sum_t ds[t, s] q[t]
+    dv[s]    = sum_t p[t, s] g[t]
+    delta[t] = g[t] . out[t]
+    ds[t, s] = scale p[t, s] (g[t] . v[s] - delta[t])
+    dq[t]    = sum_s ds[t, s] k[s]                dk[s] = sum_t ds[t, s] q[t]
 
 so the backward pass needs q, k, v, out and lse only, and makes p again.
 
@@ -27,9 +29,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.op import Case, Implementation, Op, register
+from pallas_kernels.op import Case, Implementation, Op, normal, register
 from pallas_kernels.precision import einsum_float32
 
 
@@ -234,21 +237,21 @@ def _cached_reference(
     return _attend(q, k_cache, v_cache, scale, _seen(q_positions, key_index, sliding_window))[0]
 
 
-def _normal(key: jax.Array, names: str, shapes: list[tuple[int, ...]], dtype: Any) -> dict[str, Any]:
-    keys = jax.random.split(key, len(shapes))
-    return {n: jax.random.normal(k, s, dtype) for n, k, s in zip(names.split(), keys, shapes, strict=True)}
-
-
 def _case(
     name: str, sizes: tuple[int, int, int, int, int], segments: list[list[int]] | None = None, window: int | None = None
 ) -> Case:
     batch, length, num_heads, num_kv_heads, head_dim = sizes
     kv_shape = (batch, length, num_kv_heads, head_dim)
 
-    def make(key: jax.Array, dtype: Any) -> dict[str, Any]:
-        arrays = _normal(key, "q k v", [(batch, length, num_heads, head_dim), kv_shape, kv_shape], dtype)
-        segment_ids = None if segments is None else jnp.array(segments, jnp.int32)
-        return arrays | {"scale": 1 / math.sqrt(head_dim), "segment_ids": segment_ids, "sliding_window": window}
+    def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
+        return {
+            "q": normal(rng, (batch, length, num_heads, head_dim), dtype),
+            "k": normal(rng, kv_shape, dtype),
+            "v": normal(rng, kv_shape, dtype),
+            "scale": 1 / math.sqrt(head_dim),
+            "segment_ids": None if segments is None else jnp.asarray(np.array(segments, np.int32)),
+            "sliding_window": window,
+        }
 
     reduction = length * num_heads // num_kv_heads + head_dim
     return Case(name, make, reduction=reduction, differentiable=("q", "k", "v"))
@@ -260,11 +263,15 @@ def _cached_case(
     batch, length, slots, num_heads, num_kv_heads, head_dim = sizes
     cache_shape = (batch, slots, num_kv_heads, head_dim)
 
-    def make(key: jax.Array, dtype: Any) -> dict[str, Any]:
-        shapes = [(batch, length, num_heads, head_dim), cache_shape, cache_shape]
-        arrays = _normal(key, "q k_cache v_cache", shapes, dtype)
-        q_positions = jnp.array(positions, jnp.int32)
-        return arrays | {"q_positions": q_positions, "scale": 1 / math.sqrt(head_dim), "sliding_window": window}
+    def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
+        return {
+            "q": normal(rng, (batch, length, num_heads, head_dim), dtype),
+            "k_cache": normal(rng, cache_shape, dtype),
+            "v_cache": normal(rng, cache_shape, dtype),
+            "q_positions": jnp.asarray(np.array(positions, np.int32)),
+            "scale": 1 / math.sqrt(head_dim),
+            "sliding_window": window,
+        }
 
     return Case(name, make, reduction=slots + head_dim)
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels.op import Case, Implementation, Op, register
+from pallas_kernels.op import Case, Implementation, Op, normal, register
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -42,11 +43,10 @@ def _reference(gate: jax.Array, up: jax.Array, *, activation: str = "silu") -> j
 
 
 def _case(name: str, shape: tuple[int, ...], activation: str) -> Case:
-    def make(key: jax.Array, dtype: Any) -> dict[str, Any]:
-        key_gate, key_up = jax.random.split(key)
+    def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
         return {
-            "gate": 2 * jax.random.normal(key_gate, shape, dtype),
-            "up": jax.random.normal(key_up, shape, dtype),
+            "gate": normal(rng, shape, dtype, scale=2),
+            "up": normal(rng, shape, dtype),
             "activation": activation,
         }
 

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels.op import Case, Implementation, Op, register
+from pallas_kernels.op import Case, Implementation, Op, normal, register
 from pallas_kernels.precision import einsum_float32
 
 # Logits of one chunk, in elements. A CPU's GEMM is fast from 128 rows on, and a chunk that few active tokens leave
@@ -71,13 +72,11 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: chunk_size must be at least 1, not {chunk_size}")
     if weights is None:
         weights = jnp.ones(targets.shape, jnp.float32)
-    return LINEAR_CROSS_ENTROPY(
-        hidden, head, targets, weights, chunk_size=chunk_size, implementation=implementation
-    )
+    return LINEAR_CROSS_ENTROPY(hidden, head, targets, weights, chunk_size=chunk_size, implementation=implementation)
 
 
 def default_chunk_size(num_tokens: int, vocab_size: int, platform: str) -> int:
-    """Tokens a chunk: as many as the platform's logits budget holds, in multiples of 128, and no more than there are."""
+    """Tokens a chunk: what the platform's logits budget holds, in multiples of 128; no more than there are."""
     budget = CHUNK_ELEMENTS.get(platform, CHUNK_ELEMENTS_ACCELERATOR) // vocab_size
     return max(1, min(num_tokens, max(MIN_CHUNK_SIZE, budget // MIN_CHUNK_SIZE * MIN_CHUNK_SIZE)))
 
@@ -154,9 +153,7 @@ def _loss_sum(hidden, head, targets, weights, chunk_size):
 
 def _loss_sum_fwd(hidden, head, targets, weights, chunk_size):
     wanted = _Wanted(hidden.perturbed, head.perturbed, weights.perturbed)
-    loss_sum, gradients = _chunk_loop(
-        hidden.value, head.value, targets.value, weights.value, chunk_size, wanted
-    )
+    loss_sum, gradients = _chunk_loop(hidden.value, head.value, targets.value, weights.value, chunk_size, wanted)
     d_head, d_weights = (
         None if gradient is None else gradient.astype(primal.value.dtype)
         for gradient, primal in ((gradients.head, head), (gradients.weights, weights))
@@ -183,14 +180,13 @@ def _reference(
 
 
 def _case(name: str, num_tokens: int, vocab_size: int, size: int, chunk_size: int, active: float = 1.0) -> Case:
-    def make(key: jax.Array, dtype: Any) -> dict[str, Any]:
-        keys = jax.random.split(key, 5)
-        keep = jax.random.bernoulli(keys[4], active, (num_tokens,))
+    def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
+        weights = rng.uniform(0.5, 1.5, num_tokens) * (rng.random(num_tokens) < active)
         return {
-            "hidden": jax.random.normal(keys[0], (num_tokens, size), dtype),
-            "head": (jax.random.normal(keys[1], (vocab_size, size)) / size**0.5).astype(dtype),
-            "targets": jax.random.randint(keys[2], (num_tokens,), 0, vocab_size, jnp.int32),
-            "weights": jnp.where(keep, jax.random.uniform(keys[3], (num_tokens,), jnp.float32, 0.5, 1.5), 0),
+            "hidden": normal(rng, (num_tokens, size), dtype),
+            "head": normal(rng, (vocab_size, size), dtype, scale=size**-0.5),
+            "targets": jnp.asarray(rng.integers(0, vocab_size, num_tokens, np.int32)),
+            "weights": jnp.asarray(weights.astype(np.float32)),
             "chunk_size": chunk_size,
         }
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels.op import Case, Implementation, Op, register
+from pallas_kernels.op import Case, Implementation, Op, normal, register
 from pallas_kernels.precision import einsum_float32
 
 
@@ -52,9 +53,7 @@ def lora_linear(
     """
     if (lora_A is None) != (lora_B is None):
         raise ValueError("lora_linear: lora_A and lora_B come together, or not at all")
-    return LORA_LINEAR(
-        x, weight, bias, lora_A, lora_B, scale=scale, lora_x=lora_x, implementation=implementation
-    )
+    return LORA_LINEAR(x, weight, bias, lora_A, lora_B, scale=scale, lora_x=lora_x, implementation=implementation)
 
 
 @jax.custom_vjp
@@ -123,16 +122,13 @@ def _reference(
 def _case(name: str, batch: tuple[int, ...], sizes: tuple[int, int, int], adapter: bool, bias: bool) -> Case:
     size_in, size_out, rank = sizes
 
-    def make(key: jax.Array, dtype: Any) -> dict[str, Any]:
-        keys = jax.random.split(key, 5)
-        lora_A = jax.random.normal(keys[2], (rank, size_in), jnp.float32) / size_in**0.5
-        lora_B = jax.random.normal(keys[3], (size_out, rank), jnp.float32) / rank**0.5
+    def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
         return {
-            "x": jax.random.normal(keys[0], (*batch, size_in), dtype),
-            "weight": (jax.random.normal(keys[1], (size_out, size_in)) / size_in**0.5).astype(dtype),
-            "bias": jax.random.normal(keys[4], (size_out,), dtype) if bias else None,
-            "lora_A": lora_A if adapter else None,
-            "lora_B": lora_B if adapter else None,
+            "x": normal(rng, (*batch, size_in), dtype),
+            "weight": normal(rng, (size_out, size_in), dtype, scale=size_in**-0.5),
+            "bias": normal(rng, (size_out,), dtype) if bias else None,
+            "lora_A": normal(rng, (rank, size_in), jnp.float32, scale=size_in**-0.5) if adapter else None,
+            "lora_B": normal(rng, (size_out, rank), jnp.float32, scale=rank**-0.5) if adapter else None,
             "scale": 0.75,
         }
 

@@ -16,13 +16,14 @@ quantization) [ceil(out * in / 64)]; nested_absmax float32 [ceil(blocks / 256)];
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.op import Case, Implementation, Op, register
+from pallas_kernels.op import Case, Implementation, Op, normal, register
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
@@ -54,12 +55,16 @@ QUANT_MAP = np.array(
 def _dynamic_map() -> np.ndarray:
     """The signed 8-bit dynamic map (Dettmers 2016, arXiv:1511.04561), float32 [256], ascending.
 
-    Seven decades; decade e has 2^e linear steps over [0.1, 1) * 10^(e - 6), entries at their centres, both signs; and 0
-    and 1. The centres are float32; the power of ten multiplies in float32 too, as in the stored maps.
+    Seven decades: the e-th has 2^e linear steps over [0.1, 1] * 10^(e - 6), with an entry at each step's centre, in
+    both signs; and 0 and 1. Rounded as the stored maps are: each edge once, counted in steps from the nearer end.
     """
+    start, end = np.float64(np.float32(0.1)), np.float64(1)
     values = [np.float32(0), np.float32(1)]
     for exponent in range(7):
-        edges = np.linspace(0.1, 1, 2**exponent + 1, dtype=np.float32)
+        steps = 2**exponent
+        step = np.float64(np.float32(end - start) / np.float32(steps))
+        index = np.arange(steps + 1)
+        edges = np.where(2 * index < steps, start + step * index, end - step * (steps - index)).astype(np.float32)
         centres = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (exponent - 6))
         values += [*centres, *-centres]
     return np.sort(np.array(values, np.float32))
@@ -101,10 +106,15 @@ def quantize(
     return QuantizedArrays(packed, absmax_codes, nested_absmax, offset)
 
 
+def _blocks(values: jax.Array, block_size: int) -> jax.Array:
+    """[n] -> [ceil(n / block_size), block_size], the last block filled up with zeros."""
+    return jnp.pad(values, (0, -values.shape[0] % block_size)).reshape(-1, block_size)
+
+
 def _quantize_blocks(values: jax.Array, quant_map: np.ndarray, block_size: int) -> tuple[jax.Array, jax.Array]:
     """float32 [n] -> (indices uint8 [n] of the nearest map entries, absmax float32 [ceil(n / block_size)])."""
     size = values.shape[0]
-    blocks = jnp.pad(values, (0, -size % block_size)).reshape(-1, block_size)
+    blocks = _blocks(values, block_size)
     absmax = jnp.max(jnp.abs(blocks), axis=1)
     divisor = jnp.maximum(absmax, jnp.finfo(jnp.float32).tiny)[:, None]
     # bitsandbytes multiplies full blocks by the reciprocal, but divides a shorter last one.
@@ -159,18 +169,7 @@ def dequantize(
     )
 
 
-def _at_layer(array: jax.Array | None, layer: jax.Array | int | None) -> jax.Array | None:
-    if array is None or layer is None:
-        return array
-    return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
-
-
-def _repeat_blocks(scales: jax.Array, block_size: int, size: int) -> jax.Array:
-    """[blocks] -> [size]: each block's scale for each of its values."""
-    return jnp.broadcast_to(scales[:, None], (scales.shape[0], block_size)).reshape(-1)[:size]
-
-
-def _dequantize_absmax(
+def _absmax(
     absmax: jax.Array,
     nested_absmax: jax.Array | None,
     nested_offset: jax.Array | None,
@@ -180,9 +179,11 @@ def _dequantize_absmax(
     """float32 [blocks]: the absmax as stored, or decoded where they are double-quantized."""
     if nested_absmax is None or nested_offset is None:
         return absmax
-    product = nested_quant_map[absmax] * _repeat_blocks(nested_absmax, nested_block_size, absmax.shape[0])
-    # Keeps the compiler from contracting the product and the sum into one fused multiply-add of one rounding.
-    return jax.lax.optimization_barrier(product) + nested_offset
+    product = (_blocks(nested_quant_map[absmax], nested_block_size) * nested_absmax[:, None]).reshape(-1)
+    # XLA would contract product and sum into one fused multiply-add, which rounds once where bitsandbytes rounds twice
+    # (an optimization barrier does not stop it). Clamping to the finite range changes nothing, and keeps them apart.
+    finite = jnp.finfo(jnp.float32)
+    return jnp.clip(product[: absmax.shape[0]], finite.min, finite.max) + nested_offset
 
 
 def _reference(
@@ -199,21 +200,37 @@ def _reference(
     nested_block_size: int = NESTED_BLOCK_SIZE,
 ) -> jax.Array:
     codes, absmax, nested_absmax, nested_offset, quant_map, nested_quant_map = (
-        _at_layer(array, layer)
+        array if array is None or layer is None else jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
         for array in (codes, absmax, nested_absmax, nested_offset, quant_map, nested_quant_map)
     )
     quant_map = jnp.asarray(QUANT_MAP) if quant_map is None else quant_map
     nested_quant_map = jnp.asarray(NESTED_QUANT_MAP) if nested_quant_map is None else nested_quant_map
-    scales = _dequantize_absmax(absmax, nested_absmax, nested_offset, nested_quant_map, nested_block_size)
+    scales = _absmax(absmax, nested_absmax, nested_offset, nested_quant_map, nested_block_size)
     rows, half = codes.shape
-    values = quant_map[jnp.stack([codes >> 4, codes & 15], axis=-1)].reshape(-1)
-    return (values * _repeat_blocks(scales, block_size, values.shape[0])).astype(dtype).reshape(rows, 2 * half)
+    blocks = _blocks(codes.reshape(-1), block_size // 2)
+    first, second = quant_map[blocks >> 4] * scales[:, None], quant_map[blocks & 15] * scales[:, None]
+    values = jnp.stack([first, second], axis=-1).astype(dtype).reshape(-1)
+    return values[: rows * half * 2].reshape(rows, half * 2)
+
+
+def _case(name: str, shape: tuple[int, int], *, layers: int | None = None, double_quantization: bool = True) -> Case:
+    def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
+        one = functools.partial(quantize, double_quantization=double_quantization)
+        w = normal(rng, shape if layers is None else (layers, *shape), jnp.float32)
+        arrays = jax.jit(one if layers is None else jax.vmap(one))(w)
+        return arrays._asdict() | {"dtype": dtype, "layer": None if layers is None else jnp.int32(layers - 1)}
+
+    return Case(name, make, reduction=1)
 
 
 NF4_DEQUANTIZE = register(
     Op(
         name="nf4_dequantize",
         implementations={"xla": Implementation(_reference)},
-        cases=(),
+        cases=(
+            _case("layer of a stack", (16, 2048), layers=3),
+            _case("partial blocks", (5, 1026)),
+            _case("not double-quantized", (12, 192), double_quantization=False),
+        ),
     )
 )

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 REFERENCE = "xla"
 
@@ -49,13 +50,14 @@ class Case:
 
     Attributes:
       name: what is special about it.
-      make: (key, dtype) -> the op's keyword arguments; values are scaled so that outputs are O(1).
+      make: (random generator, dtype) -> the op's keyword arguments, scaled so that outputs are O(1). The generator is
+        numpy's, because compiling JAX's for every shape takes longer than the test.
       reduction: the longest sum behind one element of a result or gradient; sets the tolerance.
       differentiable: names of the arguments to differentiate.
     """
 
     name: str
-    make: Callable[[jax.Array, Any], dict[str, Any]]
+    make: Callable[[np.random.Generator, Any], dict[str, Any]]
     reduction: int
     differentiable: tuple[str, ...] = ()
 
@@ -114,6 +116,11 @@ class Op:
         """Allowed error, relative to the largest value: storage roundings plus a float32 sum's sqrt(n) growth."""
         storage, accumulator = float(jnp.finfo(dtype).eps), float(jnp.finfo(jnp.float32).eps)
         return self.roundings * storage + 2 * math.sqrt(case.reduction) * accumulator
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, scale: float = 1.0) -> jax.Array:
+    """Normally distributed values for a case, made in float32 and rounded to `dtype`."""
+    return jnp.asarray((scale * rng.standard_normal(shape)).astype(np.float32).astype(dtype))
 
 
 OPS: dict[str, Op] = {}

@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels.op import Case, Implementation, Op, register
+from pallas_kernels.op import Case, Implementation, Op, normal, register
 
 
 def rope(
@@ -45,14 +46,13 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def _case(name: str, q_shape: tuple[int, int, int, int], num_kv_heads: int, half: int) -> Case:
     batch, length, _, head_dim = q_shape
 
-    def make(key: jax.Array, dtype: Any) -> dict[str, Any]:
-        key_q, key_k, key_angle = jax.random.split(key, 3)
-        angle = jax.random.uniform(key_angle, (batch, length, half), jnp.float32, 0, 6.28)
+    def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
+        angle = rng.uniform(0, 2 * np.pi, (batch, length, half)).astype(np.float32)
         return {
-            "q": jax.random.normal(key_q, q_shape, dtype),
-            "k": jax.random.normal(key_k, (batch, length, num_kv_heads, head_dim), dtype),
-            "cos": jnp.cos(angle),
-            "sin": jnp.sin(angle),
+            "q": normal(rng, q_shape, dtype),
+            "k": normal(rng, (batch, length, num_kv_heads, head_dim), dtype),
+            "cos": jnp.asarray(np.cos(angle)),
+            "sin": jnp.asarray(np.sin(angle)),
         }
 
     return Case(name, make, reduction=2, differentiable=("q", "k"))

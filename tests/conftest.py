@@ -1,7 +1,7 @@
 """What every test runs under, and the checkpoints that many tests share.
 
-jaxft and converters are imported with their annotations checked at run time (beartype), JAX promotes neither dtypes
-nor ranks on its own, and warnings are errors (pyproject.toml).
+jaxft and converters are imported with their annotations checked at run time (tests/annotations.py), JAX promotes
+neither dtypes nor ranks on its own, and warnings are errors (pyproject.toml).
 """
 
 from __future__ import annotations
@@ -13,21 +13,11 @@ from pathlib import Path
 
 import jax
 import pytest
-from beartype import BeartypeConf
-from beartype.claw import beartype_packages
+from jaxtyping import install_import_hook
 
-# Before any of them is imported. An int passes for a float, as type checkers have it. What is left out, beartype 0.23
-# cannot check: issubclass of a protocol with attributes, and a NamedTuple whose fields have imported types.
-beartype_packages(
-    ["jaxft", "converters"],
-    conf=BeartypeConf(
-        is_pep484_tower=True,
-        claw_is_pep526=False,
-        claw_skip_package_names=("jaxft.quant.base", "jaxft.data.formats", "converters.gguf_export"),
-    ),
-)
+install_import_hook(["jaxft", "converters"], "annotations.checked")
 
-from jaxft.fetch import SMOLLM2, Pinned, fetch  # noqa: E402 - after beartype_packages
+from jaxft.fetch import SMOLLM2, Pinned, fetch  # noqa: E402 - after the hook
 from tiny import make_tiny_hf as _make_tiny_hf  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-_PROBLEM = 3  # ggml_log_level: warnings and errors
+_PROBLEMS = (3, 4)  # ggml_log_level: warnings and errors
 
 
 class LlamaCpp:
@@ -37,7 +37,7 @@ class LlamaCpp:
 
         @self.ffi.callback("void(enum ggml_log_level, const char *, void *)")
         def log(level: int, text: Any, _: Any) -> None:
-            if level >= _PROBLEM:
+            if level in _PROBLEMS:
                 self.messages.append(self.ffi.string(text).decode(errors="replace").strip())
 
         self._log = log

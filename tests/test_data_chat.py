@@ -120,8 +120,6 @@ CHATS = {
 @pytest.mark.parametrize("case", CHATS)
 def test_assistant_turns(case: str, template: str):
     messages, expected = CHATS[case]
-    if template == TAGGED and case == "spaces at the borders, emoji":
-        pytest.skip("transformers' own mask loses a turn whose first space the tokenizer leaves out of its offsets")
     tokenizer = make_tokenizer(template)
     example = tokenize_row(row(messages=messages), tokenizer)
     assert marked(example, tokenizer) == expected

@@ -71,6 +71,7 @@ CONVERTERS_MAY_IMPORT = (
     "jaxft.data.chat",
     "jaxft.errors",
     "jaxft.console",
+    "jaxft.files",
 )
 
 

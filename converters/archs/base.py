@@ -15,11 +15,14 @@ from jaxft.models.config import DecoderConfig
 
 # Fields of config.json that say nothing about the forward pass.
 IGNORED_FIELDS = frozenset(
-    """_name_or_path architectures auto_map bos_token_id eos_token_id pad_token_id dtype torch_dtype transformers_version
-    use_cache initializer_range name model_type is_llama_config rope_interleaved attn_implementation
-    _attn_implementation_autoset unsloth_fixed unsloth_version id2label label2id task_specific_params chunk_size_feed_forward
-    output_attentions output_hidden_states return_dict problem_type""".split()
-)
+    (
+        "_name_or_path", "architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
+        "torch_dtype", "transformers_version", "use_cache", "initializer_range", "name", "model_type",
+        "is_llama_config", "rope_interleaved", "attn_implementation", "_attn_implementation_autoset", "unsloth_fixed",
+        "unsloth_version", "id2label", "label2id", "task_specific_params", "chunk_size_feed_forward",
+        "output_attentions", "output_hidden_states", "return_dict", "problem_type",
+    )
+)  # fmt: skip
 
 
 class ConfigReader:
@@ -55,7 +58,7 @@ class ConfigReader:
             raise JaxftError(
                 self._where,
                 f"unknown config fields: {fields}",
-                "They may change what the model computes, so they are not ignored; teach the family's ArchSpec about them",
+                "They may change what the model computes; teach the family's ArchSpec about them",
             )
 
 
@@ -129,7 +132,7 @@ class GGUFArch:
     Attributes:
       name: `general.architecture`, also the prefix of its keys.
       read_config: reads its keys into the fields of an HF config that are the architecture's own.
-      write_metadata: the inverse, from the config, {key without the prefix: value} as llama.cpp's converter writes them;
+      write_metadata: the inverse, from the config: {key without the prefix: value} in llama.cpp's converter's order;
         raises JaxftError for a fact that llama.cpp's implementation of the architecture does not have.
       tensor_ops: reversible changes from HF tensors to GGUF's; none for most tensors.
     """

@@ -33,7 +33,9 @@ def read_gguf_rope(reader: MetadataReader) -> dict[str, Any]:
 
 def write_gguf_rope(rope: RopeConfig) -> dict[str, int | float | str]:
     """The `rope.*` keys; "llama3" has none beside its theta, see `rope_divisors`."""
-    scaling = {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.factor)} if rope.kind == "linear" else {}
+    scaling = (
+        {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.factor)} if rope.kind == "linear" else {}
+    )
     return {**scaling, "rope.freq_base": rope.theta}
 
 
@@ -53,7 +55,9 @@ def rope_divisors(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return divisors.astype(np.float32)
 
 
-def recognise_llama3(divisors: np.ndarray, rope_parameters: dict[str, Any], head_dim: int, where: object) -> dict[str, Any]:
+def recognise_llama3(
+    divisors: np.ndarray, rope_parameters: dict[str, Any], head_dim: int, where: object
+) -> dict[str, Any]:
     """`rope_parameters` with the llama3 scaling that gives these divisors.
 
     Raises:

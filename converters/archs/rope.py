@@ -1,4 +1,4 @@
-"""Reads RoPE fields in both spellings of HF configs: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling`."""
+"""Reads RoPE from HF configs in both spellings: `rope_parameters` (transformers 5), `rope_theta` + `rope_scaling`."""
 
 from __future__ import annotations
 

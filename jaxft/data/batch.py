@@ -1,11 +1,14 @@
 """What the loss sees: one tokenized document (`Example`), and documents laid out in rows of equal length (`Batch`)."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: it turns a NamedTuple's annotations into strings that the run-time type
+# checker of the tests cannot look up.
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+Array = Any  # numpy's here; jax's, or whatever else a tree holds, once it is in a step
 
 
 class Example(NamedTuple):
@@ -35,11 +38,11 @@ class Batch(NamedTuple):
       positions: int32; from 0 in every document, 0 in the padding.
     """
 
-    tokens: np.ndarray
-    targets: np.ndarray
-    loss_mask: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
+    tokens: Array
+    targets: Array
+    loss_mask: Array
+    segment_ids: Array
+    positions: Array
 
 
 def lay_out(examples: Sequence[Example], rows: Sequence[Sequence[int]], length: int) -> Batch:

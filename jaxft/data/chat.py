@@ -6,6 +6,7 @@ always those of the whole text tokenized once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -145,7 +146,7 @@ class RowTokenizer:
         ids, loss_mask = self._encode(text, [(len(row.prompt), len(text))], add_special_tokens=not has_bos)
         if not row.completion:
             return ids, loss_mask
-        if ids[-1] != eos_id:
+        if ids[-1:] != [eos_id]:
             ids, loss_mask = [*ids, eos_id], np.append(loss_mask, True)
         loss_mask[-1] = True
         return ids, loss_mask
@@ -157,12 +158,11 @@ class RowTokenizer:
                 "has messages, but the tokenizer has no chat template",
                 "Use an instruct model's tokenizer, set its chat_template, or give text or prompt/completion rows.",
             )
-        text = self._render(row, row.messages, tokenize=False)
+        text = self._render(row, row.messages)
         if row.n_prompt == 0 and not self.assistant_only_loss:
             return self._encode(text, [(0, len(text))])
         if row.n_prompt == 0 and _GENERATION_TAG.search(self.tokenizer.get_chat_template()):
-            encoding = self._render(row, row.messages, return_dict=True, return_assistant_tokens_mask=True)
-            return encoding["input_ids"], np.array(encoding["assistant_masks"], bool)
+            return self._encode(text, self._tagged_spans(row))
         return self._encode(text, list(self._assistant_spans(row, text)))
 
     def _encode(self, text: str, spans: list[Span], add_special_tokens: bool = False) -> tuple[list[int], np.ndarray]:
@@ -181,13 +181,30 @@ class RowTokenizer:
             loss_mask |= (starts < stop) & (stops > start)
         return encoding["input_ids"], loss_mask
 
-    def _render(self, row: ChatRow, messages: list[Message], **settings: Any) -> Any:
-        import jinja2
+    def _render(self, row: ChatRow, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        with _template_errors(row):
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
 
-        try:
-            return self.tokenizer.apply_chat_template(messages, **settings)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise JaxftError(row.where, f"the chat template refuses it: {error}") from error
+    def _tagged_spans(self, row: ChatRow) -> list[Span]:
+        """The characters of the whole row's rendering that the template's generation tags enclose.
+
+        The same as apply_chat_template's return_assistant_tokens_mask, except that its mask stops at the first turn
+        that starts with a space which the tokenizer leaves out of its offsets.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template: dict[str, Any] = {
+            "chat_template": self.tokenizer.get_chat_template(),
+            **self.tokenizer.special_tokens_map,
+        }
+        with _template_errors(row):
+            rendered: Any = render_jinja_template([row.messages], return_assistant_tokens_mask=True, **template)
+        _, (spans,) = rendered
+        return spans
 
     def _assistant_spans(self, row: ChatRow, text: str) -> Iterator[Span]:
         """The characters of `text`, the whole row's rendering, that each assistant turn after the prompt takes."""
@@ -203,26 +220,33 @@ class RowTokenizer:
                 "starts with an assistant message, which the chat template has no prompt for",
                 "Put a user message before it, or use a chat template with {% generation %} tags.",
             )
-        prompt = self._render(row, row.messages[:turn], tokenize=False, add_generation_prompt=True)
+        prompt = self._render(row, row.messages[:turn], add_generation_prompt=True)
         if not text.startswith(prompt):
             raise _not_a_prefix(row, turn)
         return len(prompt)
 
     def _turn_stop(self, row: ChatRow, text: str, turn: int) -> int:
         """Where a turn ends, with its end-of-turn token but without white space that the template puts after that."""
-        until_turn = self._render(row, row.messages[: turn + 1], tokenize=False)
+        until_turn = self._render(row, row.messages[: turn + 1])
         if text.startswith(until_turn):
             ending = re.search(rf"{self._special_token}(\s*)\Z", until_turn)
             return ending.start(1) if ending else len(until_turn)
-        # The template renders past turns otherwise than the last one (Qwen3 leaves out their thinking, gpt-oss ends
-        # them with another token): a stand-in for the turn's content shows what comes after it in the whole row.
-        messages = [*row.messages]
-        messages[turn] = {**messages[turn], "content": _STAND_IN}
-        _, _, rest = self._render(row, messages, tokenize=False).partition(_STAND_IN)
-        end_of_turn = re.match(rf"\s*{self._special_token}", rest)
-        if not end_of_turn or not text.endswith(rest):
+        return self._past_turn_stop(row, text, turn)
+
+    def _past_turn_stop(self, row: ChatRow, text: str, turn: int) -> int:
+        """Where a turn ends if the template renders past turns otherwise than the last one.
+
+        Qwen3 leaves out their thinking, gpt-oss ends them with another token. A stand-in for the turn's content shows
+        what comes after it in the whole row: the end-of-turn token, if the turn ends with one when it is the last.
+        """
+        stand_in = {**row.messages[turn], "content": _STAND_IN}
+        messages = [*row.messages[:turn], stand_in, *row.messages[turn + 1 :]]
+        _, _, after = self._render(row, messages).partition(_STAND_IN)
+        _, _, after_last = self._render(row, messages[: turn + 1]).partition(_STAND_IN)
+        end_of_turn = re.match(rf"\s*{self._special_token}", after)
+        if not end_of_turn or not re.match(rf"\s*{self._special_token}", after_last) or not text.endswith(after):
             raise _not_a_prefix(row, turn)
-        return len(text) - len(rest) + end_of_turn.end()
+        return len(text) - len(after) + end_of_turn.end()
 
     @functools.cached_property
     def _special_token(self) -> str:
@@ -262,6 +286,17 @@ def _why_masked(row: Row) -> str:
     if all(message["role"] != "assistant" for message in row.messages[row.n_prompt :]):
         return "It has no assistant message to train on."
     return "The chat template renders none of its assistant messages for training."
+
+
+@contextlib.contextmanager
+def _template_errors(row: ChatRow) -> Iterator[None]:
+    """What a template raises, on its own account or because it cannot work with the row, as a JaxftError."""
+    import jinja2
+
+    try:
+        yield
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise JaxftError(row.where, f"the chat template refuses it: {error}") from error
 
 
 def _not_a_prefix(row: ChatRow, turn: int) -> JaxftError:

@@ -180,7 +180,7 @@ def _message(message: object, where: str) -> Message:
     if message.get("tool_calls"):
         raise JaxftError(where, "has 'tool_calls'; tool calls are not supported yet", "Leave such rows out.")
     _string(message, "content", where)
-    return dict(message)
+    return {key: part for key, part in message.items() if part is not None}
 
 
 def _string(row: Mapping[str, Any], key: str, where: str) -> str:

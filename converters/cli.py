@@ -1,0 +1,164 @@
+"""`jaxft-convert`: between Hugging Face, JAX (Orbax) and GGUF checkpoints; `inspect` shows what a path holds.
+
+Each command is a dataclass whose fields are its arguments. Its imports wait until it runs, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from jaxft.console import console, run_command, wrote
+
+if TYPE_CHECKING:
+    from converters.checkpoint import Checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class HfToJax:
+    """Hugging Face safetensors to an Orbax checkpoint for JAX programs; every tensor keeps its dtype.
+
+    Attributes:
+      source: a folder, or a name on the Hugging Face hub.
+      destination: the new folder.
+      overwrite: replace a folder that is not empty.
+    """
+
+    source: Positional[str]
+    destination: Positional[Path]
+    overwrite: bool = False
+
+    def run(self) -> None:
+        """Converts."""
+        from converters.hf_load import HFCheckpoint
+        from converters.open import resolve
+
+        _to_jax(HFCheckpoint(resolve(self.source)), self.destination, self.overwrite)
+
+
+@dataclasses.dataclass(frozen=True)
+class JaxToHf:
+    """An Orbax checkpoint that hf-to-jax or from-gguf wrote to Hugging Face safetensors, bit by bit.
+
+    Attributes:
+      source: the folder.
+      destination: the new folder.
+      overwrite: replace a folder that is not empty.
+    """
+
+    source: Positional[Path]
+    destination: Positional[Path]
+    overwrite: bool = False
+
+    def run(self) -> None:
+        """Converts."""
+        from converters.orbax_io import OrbaxCheckpoint
+
+        _to_hf(OrbaxCheckpoint(self.source), self.destination, self.overwrite)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToGguf:
+    """Any checkpoint to a GGUF file for llama.cpp.
+
+    Attributes:
+      source: a Hugging Face or Orbax folder, a .gguf file, or a name on the Hugging Face hub.
+      destination: the new file.
+      quantization: the type of the matrices: f32, f16, bf16 or q8_0.
+      overwrite: replace an existing file.
+    """
+
+    source: Positional[str]
+    destination: Positional[Path]
+    quantization: str = "q8_0"
+    overwrite: bool = False
+
+    def run(self) -> None:
+        """Converts."""
+        from converters.gguf_export import write_gguf
+        from converters.open import open_checkpoint
+
+        write_gguf(open_checkpoint(self.source), self.destination, self.quantization, overwrite=self.overwrite)
+        wrote(self.destination, f"GGUF, {self.quantization}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FromGguf:
+    """A GGUF file to Hugging Face safetensors or an Orbax checkpoint; quantized tensors become float32.
+
+    Attributes:
+      source: the .gguf file.
+      destination: the new folder.
+      to: hf for Hugging Face, jax for Orbax.
+      overwrite: replace a folder that is not empty.
+    """
+
+    source: Positional[Path]
+    destination: Positional[Path]
+    to: Literal["hf", "jax"] = "hf"
+    overwrite: bool = False
+
+    def run(self) -> None:
+        """Converts."""
+        from converters.gguf_import import GGUFCheckpoint
+
+        sink = {"hf": _to_hf, "jax": _to_jax}[self.to]
+        sink(GGUFCheckpoint(self.source), self.destination, self.overwrite)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Shows config, tensors, dtypes and sizes of a checkpoint in any format, or of a PEFT adapter.
+
+    Attributes:
+      path: a folder, a .gguf file, or a name on the Hugging Face hub.
+      json: print one JSON object to standard output instead of tables to standard error.
+    """
+
+    path: Positional[str]
+    json: bool = False
+
+    def run(self) -> None:
+        """Shows it."""
+        from converters.summary import summarize
+
+        summary = summarize(self.path)
+        if self.json:
+            print(json.dumps(summary.as_json(), indent=2))
+        else:
+            console.print(summary.as_tables())
+
+
+Command = HfToJax | JaxToHf | ToGguf | FromGguf | Inspect
+
+
+def _to_jax(checkpoint: Checkpoint, destination: Path, overwrite: bool) -> None:
+    from converters.load import check
+    from converters.orbax_io import write_orbax
+
+    check(checkpoint)
+    wrote(write_orbax(checkpoint, destination, overwrite=overwrite), "Orbax checkpoint")
+
+
+def _to_hf(checkpoint: Checkpoint, destination: Path, overwrite: bool) -> None:
+    from converters.hf_export import write_hf
+    from converters.load import check
+
+    check(checkpoint)
+    wrote(write_hf(checkpoint, destination, overwrite=overwrite), "Hugging Face checkpoint")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and gives the exit status: 0, or 2 for what the user has to mend."""
+    command = tyro.cli(Command, args=argv, prog="jaxft-convert", description=__doc__)
+    return run_command(command.run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

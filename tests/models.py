@@ -1,0 +1,69 @@
+"""Decoders for tests, built from the same random tensors as the torch vectors, and batches for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from converters.archs import arch_of
+from jaxft import lora
+from jaxft.data.batch import Batch, Example, lay_out
+from jaxft.models.config import DecoderConfig
+from jaxft.models.decoder import Decoder
+from jaxft.models.params import build_decoder
+from llama_cases import ALPHA, RANK, adapter
+from tiny import hf_config, random_tensors
+
+
+def decoder_of(hf: dict[str, Any] | None = None, quantization: str | None = None, **settings: Any) -> Decoder:
+    """A float32 decoder with `random_tensors(hf)`; `settings` are its attributes (remat, unroll)."""
+    hf = hf_config() if hf is None else hf
+    decoder = build_decoder(decoder_config(hf), random_tensors(hf).__getitem__, dtype=jnp.float32,
+                            quantization=quantization)
+    for name, value in settings.items():
+        setattr(decoder, name, value)
+    return decoder
+
+
+def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
+    """The DecoderConfig of an HF config dict."""
+    return arch_of(hf["model_type"], "test").decoder_config(hf, "test")
+
+
+def with_adapter(decoder: Decoder, hf: dict[str, Any] | None = None, rank: int = RANK, alpha: float = ALPHA,
+                 **settings: Any) -> Decoder:
+    """`decoder` with the cases' non-zero adapter attached."""
+    lora.attach(decoder, lora.LoraConfig(r=rank, lora_alpha=alpha, **settings), key=jax.random.key(0))
+    lora.load_adapter_tensors(decoder, adapter(hf_config() if hf is None else hf, rank))
+    return decoder
+
+
+def random_examples(lengths: list[int], vocab_size: int = 300, seed: int = 3) -> list[Example]:
+    """Documents of random tokens; about half of the tokens are targets."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for i, n in enumerate(lengths):
+        mask = rng.random(n) < 0.5
+        mask[0], mask[-1] = False, True
+        examples.append(Example(f"row {i}", rng.integers(0, vocab_size, n).astype(np.int32), mask))
+    return examples
+
+
+def batch_of(examples: list[Example], rows: list[list[int]], length: int, accumulation: int = 1) -> Batch:
+    """[A, B, T] with these documents in these rows."""
+    batch = lay_out(examples, rows, length)
+    return Batch(*(array.reshape(accumulation, -1, length) for array in batch))
+
+
+def plain_batch(tokens: np.ndarray) -> Batch:
+    """[1, B, T]: each row one document, every next token a target."""
+    examples = [Example(f"row {i}", row.astype(np.int32), np.ones(len(row), bool)) for i, row in enumerate(tokens)]
+    return batch_of(examples, [[i] for i in range(len(examples))], tokens.shape[1])
+
+
+def relative_l2(ours: Any, reference: Any) -> float:
+    """||ours - reference|| / ||reference||, in float64."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))

@@ -1,0 +1,57 @@
+"""Writes llama.safetensors and smollm2_lora.json: what torch and peft compute for tests/llama_cases.py.
+
+Run from tests/ with the dev extra: PYTHONPATH=. python vectors/make_llama_vectors.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from llama_cases import ALPHA, CASES, RANK, STEPS, adapter, case_config, case_tokens, probes
+from safetensors.numpy import save_file
+from tiny import random_tensors
+from vectors import torch_reference as reference
+
+from jaxft.fetch import SMOLLM2, fetch
+
+HERE = Path(__file__).parent
+LEARNING_RATE = 1e-3
+
+
+def tiny_vectors() -> dict[str, np.ndarray]:
+    """logits, adapter gradients and AdamW losses of every case."""
+    found: dict[str, np.ndarray] = {}
+    for case in CASES:
+        config = case_config(case)
+        tokens = case_tokens(config)
+        model = reference.llama(config, random_tensors(config))
+        with torch.no_grad():
+            found[f"{case}/logits"] = model(torch.from_numpy(tokens)).logits.numpy()
+        model = reference.with_adapter(model, adapter(config, RANK), RANK, ALPHA)
+        found |= {f"{case}/grad/{name}": g for name, g in reference.gradients(model, tokens).items()}
+        found[f"{case}/losses"] = np.asarray(reference.adamw_losses(model, tokens, STEPS, LEARNING_RATE))
+    return found
+
+
+def smollm2_vectors() -> dict[str, object]:
+    """Loss, each adapter gradient's norm and projections, and ten AdamW losses."""
+    model = reference.smollm2(fetch(SMOLLM2))
+    config = {**model.config.to_dict(), "attention_bias": False, "mlp_bias": False}
+    tokens = case_tokens(config, (2, 24))
+    model = reference.with_adapter(model, adapter(config, 16), 16, 16)
+    gradients = reference.gradients(model, tokens)
+    leaves = {
+        name: [float(np.linalg.norm(g)), *np.tensordot(probes(name, g.shape), g.astype(np.float64), g.ndim).tolist()]
+        for name, g in gradients.items()
+    }
+    return {"leaves": leaves, "losses": reference.adamw_losses(model, tokens, STEPS, LEARNING_RATE)}
+
+
+if __name__ == "__main__":
+    save_file(tiny_vectors(), HERE / "llama.safetensors")
+    (HERE / "smollm2_lora.json").write_text(json.dumps(smollm2_vectors()))
+    for path in (HERE / "llama.safetensors", HERE / "smollm2_lora.json"):
+        print(f"wrote {path} ({path.stat().st_size:,} bytes)")

@@ -1,0 +1,78 @@
+"""What torch, transformers and peft compute for our cases: shared by the vector scripts and the slow tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def llama(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> LlamaForCausalLM:
+    """transformers' Llama in float32 with these tensors."""
+    model = LlamaForCausalLM(LlamaConfig(**{**config, "torch_dtype": "float32"}, attn_implementation="eager"))
+    state = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected, unexpected
+    assert set(missing) <= {"lm_head.weight"}, missing
+    model.tie_weights()
+    return model.float().eval()
+
+
+def with_adapter(model: Any, adapter: dict[str, np.ndarray], rank: int, alpha: float) -> Any:
+    """`model` under peft with these A and B; only they require gradients."""
+    peft_model = get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=LINEARS, task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(peft_model).items():
+            parameter.copy_(torch.from_numpy(adapter[name]))
+    return peft_model
+
+
+def adapter_parameters(peft_model: Any) -> dict[str, torch.nn.Parameter]:
+    """HF module path + lora_A.weight or lora_B.weight -> parameter."""
+    return {
+        name.removeprefix("base_model.model.").replace(".default.", "."): parameter
+        for name, parameter in peft_model.named_parameters()
+        if "lora_" in name
+    }
+
+
+def loss(model: Any, tokens: np.ndarray) -> torch.Tensor:
+    """Mean cross-entropy of the next token over all rows."""
+    logits = model(torch.from_numpy(tokens)).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(tokens[:, 1:]).flatten())
+
+
+def gradients(model: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Gradient of `loss` for every adapter parameter."""
+    model.zero_grad()
+    loss(model, tokens).backward()
+    return {name: p.grad.numpy().copy() for name, p in adapter_parameters(model).items()}
+
+
+def adamw_losses(model: Any, tokens: np.ndarray, steps: int, learning_rate: float) -> list[float]:
+    """The loss before each of `steps` AdamW updates (betas 0.9 and 0.999, eps 1e-8, weight decay 0.01)."""
+    optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=learning_rate, weight_decay=0.01)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        value = loss(model, tokens)
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses
+
+
+def smollm2(gguf: Path) -> Any:
+    """SmolLM2 in float32 as transformers reads it from the GGUF file."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    return model.eval()
