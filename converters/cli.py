@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 from tyro.conf import Positional
 
-from jaxft.console import console, run_command, wrote
+from jaxft.console import run_command, wrote
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
@@ -132,7 +132,7 @@ class Inspect:
         if self.json:
             print(json.dumps(summary.as_json(), indent=2))
         else:
-            console.print(summary.as_tables())
+            summary.show()
 
 
 Command = HfToJax | JaxToHf | ToGguf | FromGguf | Inspect

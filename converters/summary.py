@@ -8,10 +8,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
+from rich.markup import escape
 
 from converters.open import format_of, gguf_file, open_checkpoint, resolve
-from jaxft.console import size, table, tree_bytes
+from jaxft.console import console, size, table, tree_bytes
 
 _NAMES = {"hf": "Hugging Face checkpoint", "orbax": "Orbax checkpoint", "gguf": "GGUF file", "peft": "PEFT adapter"}
 
@@ -58,8 +58,8 @@ class Summary:
             "tensors": [dataclasses.asdict(tensor) for tensor in self.tensors],
         }
 
-    def as_tables(self) -> Group:
-        """The same for people to read."""
+    def show(self) -> None:
+        """Prints the same for people to read."""
         facts = self.as_json()
         fields = [(name, value) for name, value in self.config.items() if value not in (None, {}, [])]
         dtypes = [
@@ -67,13 +67,14 @@ class Summary:
             for dtype, total in facts["dtypes"].items()
         ]
         tensors = [(t.name, list(t.shape), t.dtype, size(t.bytes)) for t in self.tensors]
-        return Group(
-            table("Config", ["field", "value"], fields),
-            table("Tensors", ["name", "shape", "dtype", "size"], tensors),
-            table("Dtypes", ["dtype", "tensors", "parameters", "size"], dtypes),
+        console.print(table("Config", ["field", "value"], fields))
+        console.print(table("Tensors", ["name", "shape", "dtype", "size"], tensors))
+        console.print(table("Dtypes", ["dtype", "tensors", "parameters", "size"], dtypes))
+        headline = (
             f"{_NAMES[self.format]} {self.path}: {facts['parameters']:,} parameters in {len(self.tensors)} tensors, "
-            f"{size(facts['bytes_on_disk'])} on disk",
+            f"{size(facts['bytes_on_disk'])} on disk"
         )
+        console.print(escape(headline), soft_wrap=True, highlight=False)
 
     def _dtypes(self) -> dict[str, dict[str, int]]:
         totals: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)

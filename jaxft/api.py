@@ -193,7 +193,7 @@ class LanguageModel:
         methods = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
         check_gguf_quantizations(methods)
         folder = prepare_output_dir(save_directory, overwrite=overwrite)
-        paths = [folder / f"{Path(self.name).stem}.{method.upper()}.gguf" for method in methods]
+        paths = [folder / f"model.{method.upper()}.gguf" for method in methods]
         for path, method in zip(paths, methods, strict=True):
             write_gguf(self._merged(base), path, method, overwrite=overwrite)
             console.wrote(path, "GGUF")

@@ -45,7 +45,7 @@ def _reference(gate: jax.Array, up: jax.Array, *, activation: str = "silu") -> j
 def _case(name: str, shape: tuple[int, ...], activation: str) -> Case:
     def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
         return {
-            "gate": normal(rng, shape, dtype, scale=2),
+            "gate": normal(rng, shape, dtype),
             "up": normal(rng, shape, dtype),
             "activation": activation,
         }

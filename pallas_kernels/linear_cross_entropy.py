@@ -104,17 +104,16 @@ def _chunk_loop(
     dtype = jnp.promote_types(hidden.dtype, head.dtype)
     active = weights != 0
     num_chunks = (jnp.sum(active, dtype=jnp.int32) + chunk_size - 1) // chunk_size
-    # Active tokens first, in order. Past the end: num_tokens, which gathers fill and scatters drop.
-    order = jnp.argsort(~active, stable=True).astype(jnp.int32)
-    order = jnp.pad(order, (0, -num_tokens % chunk_size), constant_values=num_tokens)
+    # The active tokens' indices, in order; then num_tokens, which gathers fill with zeros and scatters drop.
+    padded_size = num_tokens + -num_tokens % chunk_size
+    order = jnp.nonzero(active, size=padded_size, fill_value=num_tokens)[0].astype(jnp.int32)
 
     def body(chunk: jax.Array, carry: tuple[jax.Array, _Gradients]) -> tuple[jax.Array, _Gradients]:
         loss_sum, gradients = carry
         index = jax.lax.dynamic_slice(order, (chunk * chunk_size,), (chunk_size,))
         w = weights.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)
-        # What an inactive token holds may be anything, NaN too: it is replaced here and cannot reach any sum.
-        x = jnp.where(w[:, None] != 0, hidden.at[index].get(mode="fill", fill_value=0), 0).astype(dtype)
-        target = jnp.where(w != 0, targets.at[index].get(mode="fill", fill_value=0), 0)
+        x = hidden.at[index].get(mode="fill", fill_value=0).astype(dtype)
+        target = targets.at[index].get(mode="fill", fill_value=0)
         loss, d_logits = _chunk_loss(x, head.astype(dtype), target)
         d_logits = (d_logits * w[:, None]).astype(dtype)
         d_hidden, d_head, d_weights = gradients
@@ -124,7 +123,7 @@ def _chunk_loop(
         if d_head is not None:
             d_head = d_head + einsum_float32("nv,nd->vd", d_logits, x)
         if d_weights is not None:
-            d_weights = d_weights.at[index].set(jnp.where(w != 0, loss, 0), mode="drop", unique_indices=True)
+            d_weights = d_weights.at[index].set(loss, mode="drop", unique_indices=True)
         return loss_sum + jnp.sum(w * loss), _Gradients(d_hidden, d_head, d_weights)
 
     gradients = _Gradients(
@@ -175,7 +174,7 @@ _loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd, symbolic_zeros=True)
 def _reference(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, *, chunk_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    loss_sum = _loss_sum(hidden, head, targets, weights, chunk_size)
+    loss_sum: jax.Array = _loss_sum(hidden, head, targets, weights, chunk_size)
     return loss_sum, jnp.sum(weights.astype(jnp.float32))
 
 

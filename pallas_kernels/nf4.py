@@ -173,12 +173,13 @@ def _absmax(
     absmax: jax.Array,
     nested_absmax: jax.Array | None,
     nested_offset: jax.Array | None,
-    nested_quant_map: jax.Array,
+    nested_quant_map: jax.Array | None,
     nested_block_size: int,
 ) -> jax.Array:
     """float32 [blocks]: the absmax as stored, or decoded where they are double-quantized."""
     if nested_absmax is None or nested_offset is None:
         return absmax
+    nested_quant_map = jnp.asarray(NESTED_QUANT_MAP) if nested_quant_map is None else nested_quant_map
     product = (_blocks(nested_quant_map[absmax], nested_block_size) * nested_absmax[:, None]).reshape(-1)
     # XLA would contract product and sum into one fused multiply-add, which rounds once where bitsandbytes rounds twice
     # (an optimization barrier does not stop it). Clamping to the finite range changes nothing, and keeps them apart.
@@ -204,7 +205,6 @@ def _reference(
         for array in (codes, absmax, nested_absmax, nested_offset, quant_map, nested_quant_map)
     )
     quant_map = jnp.asarray(QUANT_MAP) if quant_map is None else quant_map
-    nested_quant_map = jnp.asarray(NESTED_QUANT_MAP) if nested_quant_map is None else nested_quant_map
     scales = _absmax(absmax, nested_absmax, nested_offset, nested_quant_map, nested_block_size)
     rows, half = codes.shape
     blocks = _blocks(codes.reshape(-1), block_size // 2)

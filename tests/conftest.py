@@ -24,6 +24,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compile_each_program_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Many tests jit the same computation anew; XLA then compiles it once a session (not across: no stale programs)."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct.Q4_1.gguf as its package ships it."""
@@ -33,9 +40,8 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_dir(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as a Hugging Face folder: config, safetensors, tokenizer."""
-    from converters.hf_export import write_hf
-
     from converters.gguf_import import GGUFCheckpoint
+    from converters.hf_export import write_hf
 
     folder = tmp_path_factory.mktemp("smollm2") / "hf"
     write_hf(GGUFCheckpoint(smollm2_gguf), folder)

@@ -94,6 +94,7 @@ def test_frozen_leaves_do_not_move_under_weight_decay():
     params = nnx.state(decoder)
     gradients = jax.tree.map(jnp.ones_like, params)
 
+    @jax.numpy_dtype_promotion("standard")  # optax's own arithmetic
     def step(tx):
         updates, _ = tx.update(gradients, tx.init(params), params)
         return jax.tree.map(lambda a, b: bool((a != b).any()), params, optax.apply_updates(params, updates))

@@ -57,12 +57,13 @@ class NF4Tensor:
                 "NF4 needs a matrix with an even number of columns",
                 "Keep this weight out of the quantized ones",
             )
+        rows, columns = w.shape
         nested_quant_map = jnp.asarray(nf4.NESTED_QUANT_MAP) if double_quantization else None
         return cls(
             *nf4.quantize(w, double_quantization=double_quantization),
             quant_map=jnp.asarray(nf4.QUANT_MAP),
             nested_quant_map=nested_quant_map,
-            shape=w.shape,
+            shape=(rows, columns),
         )
 
     @classmethod

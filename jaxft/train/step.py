@@ -48,8 +48,10 @@ def make_train_step(graphdef: nnx.GraphDef, loss: LossFunction, tx: optax.Gradie
         (grads, sums), _ = jax.lax.scan(accumulate, zeros, batch)
         weight = jnp.maximum(sums["weight"], jnp.finfo(jnp.float32).tiny)
         grads = jax.tree.map(lambda g: (g / weight.astype(g.dtype)).astype(g.dtype), grads)
-        updates, opt_state = tx.update(grads, opt_state, trainable)
-        metrics = {**sums, "loss": sums["loss"] / weight, "grad_norm": optax.global_norm(grads)}
+        # optax mixes its int32 step count with floats: leave that to it, also where the caller promotes strictly.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = tx.update(grads, opt_state, trainable)
+        metrics = {**sums, "loss": sums["loss"] / weight, "grad_norm": optax.tree.norm(grads)}
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
     return jax.jit(step, donate_argnums=(0, 2))

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from llama_cases import ALPHA, CASES, RANK, STEPS, adapter, case_config, case_tokens, probes
 from safetensors.numpy import save_file
-from tiny import random_tensors
-from vectors import torch_reference as reference
 
 from jaxft.fetch import SMOLLM2, fetch
+from llama_cases import ALPHA, CASES, RANK, STEPS, adapter, case_config, case_tokens, probes
+from tiny import random_tensors
+from vectors import torch_reference as reference
 
 HERE = Path(__file__).parent
 LEARNING_RATE = 1e-3

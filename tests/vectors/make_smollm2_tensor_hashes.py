@@ -1,6 +1,6 @@
 """Makes smollm2_tensor_hashes.json: what transformers' own import of the SmolLM2 GGUF file gives (needs torch).
 
-    python tests/vectors/make_smollm2_tensor_hashes.py
+python tests/vectors/make_smollm2_tensor_hashes.py
 """
 
 from __future__ import annotations
@@ -15,10 +15,23 @@ from transformers import AutoModelForCausalLM
 from jaxft.fetch import SMOLLM2, fetch
 
 # Fields that say what the model computes; the rest of transformers' config are its own defaults.
-FIELDS = (
-    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "head_dim hidden_act max_position_embeddings attention_bias mlp_bias tie_word_embeddings bos_token_id eos_token_id"
-).split()
+FIELDS = [
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+]
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Makes smollm2_tokens.json: the ids that llama.cpp itself gives the probe strings with the SmolLM2 GGUF file.
 
-    python tests/vectors/make_smollm2_tokens.py
+python tests/vectors/make_smollm2_tokens.py
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from jaxft.fetch import SMOLLM2, fetch
 from llamacpp import LlamaCpp
 from pinned import LLAMA_CPP, LLAMA_CPP_DECLARATIONS
 from probe_strings import PROBES
-
-from jaxft.fetch import SMOLLM2, fetch
 
 
 def main() -> None:
