@@ -21,30 +21,40 @@ console = Console(stderr=True)
 T = TypeVar("T")
 
 
-def progress_bar() -> Progress:
-    """A rich progress bar in the house style; use as a context manager, ``fields`` show as ``[name] text``."""
-    return Progress(
+@contextlib.contextmanager
+def progress(description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Shows progress and yields ``advance(n=1, note="")``: a bar in a terminal or notebook, else a line every tenth."""
+    if not (console.is_terminal or console.is_jupyter):
+        yield _progress_lines(description, total)
+        return
+    columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
-        console=console,
-        transient=not console.is_terminal,
     )
-
-
-@contextlib.contextmanager
-def progress(description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """Shows a progress bar and yields ``advance(n=1, note="")``."""
-    with progress_bar() as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task(description, total=total, note="")
 
         def advance(n: int = 1, note: str = "") -> None:
             bar.update(task, advance=n, note=note)
 
         yield advance
+
+
+def _progress_lines(description: str, total: int | None) -> Callable[..., None]:
+    done = 0
+
+    def advance(n: int = 1, note: str = "") -> None:
+        nonlocal done
+        tenth = done * 10 // total if total else 0
+        done += n
+        if total and done * 10 // total > tenth:
+            console.print(escape(f"{description} {done}/{total} {note}".rstrip()), soft_wrap=True)
+
+    return advance
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from jaxft.errors import JaxftError
 
+# One of these in a folder says that it is a checkpoint or an adapter, which `overwrite` may replace.
+CHECKPOINT_FILES = ("config.json", "adapter_config.json", "jaxft_checkpoint.json")
+
 
 def prepare_output_dir(path: str | Path, *, overwrite: bool = False) -> Path:
     """Creates `path`, or accepts it where it is an empty folder (with `overwrite`, any folder).
@@ -34,14 +37,28 @@ def prepare_output_dir(path: str | Path, *, overwrite: bool = False) -> Path:
 
 @contextlib.contextmanager
 def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder beside `path` that becomes `path` at the end, or is removed on any exception."""
+    """Yields a temporary folder beside `path` that becomes `path` at the end, or is removed on any exception.
+
+    With `overwrite` an earlier checkpoint at `path` is replaced whole, and only then.
+
+    Raises:
+      JaxftError: `path` is a file, is not empty, cannot be written to, or is to be overwritten but is no checkpoint.
+    """
+    path = Path(path)
+    existed = path.exists()
     path = prepare_output_dir(path, overwrite=overwrite)
+    if any(path.iterdir()) and not any((path / name).is_file() for name in CHECKPOINT_FILES):
+        raise JaxftError(path, "is not empty and holds no checkpoint, so it is not replaced", "Choose another folder")
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
-        shutil.rmtree(path)
         temporary.chmod(0o755)
+        shutil.rmtree(path)
         temporary.rename(path)
+    except BaseException:
+        if not existed and path.is_dir():
+            path.rmdir()
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -17,12 +17,14 @@ quantization) [ceil(out * in / 64)]; nested_absmax float32 [ceil(blocks / 256)];
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import backend
 from pallas_kernels.op import Case, Implementation, Op, normal, register
 
 BLOCK_SIZE = 64
@@ -149,7 +151,7 @@ def dequantize(
       layer: int32 scalar; reads this layer of a stack, so that a scan over layers need not slice its codes.
       quant_map, nested_quant_map: float32 [16] and [256] as stored in a checkpoint; None means the constants.
       block_size, nested_block_size: 64 and 256.
-      implementation: "xla" or None.
+      implementation: "xla", "pallas" or None.
 
     Raises:
       ImplementationError: the named implementation does not exist or cannot run these arguments.
@@ -169,18 +171,26 @@ def dequantize(
     )
 
 
+def _at_layer(array: jax.Array, layer: jax.Array | int | None) -> jax.Array:
+    """The layer's part of an array that has a leading axis [L] when there is a layer."""
+    return array if layer is None else jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+
+
 def _absmax(
     absmax: jax.Array,
     nested_absmax: jax.Array | None,
     nested_offset: jax.Array | None,
     nested_quant_map: jax.Array | None,
     nested_block_size: int,
+    layer: jax.Array | int | None,
 ) -> jax.Array:
-    """float32 [blocks]: the absmax as stored, or decoded where they are double-quantized."""
+    """float32 [blocks] of one layer: the absmax as stored, or decoded where they are double-quantized."""
+    absmax = _at_layer(absmax, layer)
     if nested_absmax is None or nested_offset is None:
         return absmax
-    nested_quant_map = jnp.asarray(NESTED_QUANT_MAP) if nested_quant_map is None else nested_quant_map
-    product = (_blocks(nested_quant_map[absmax], nested_block_size) * nested_absmax[:, None]).reshape(-1)
+    nested_absmax, nested_offset = _at_layer(nested_absmax, layer), _at_layer(nested_offset, layer)
+    nested_map = jnp.asarray(NESTED_QUANT_MAP) if nested_quant_map is None else _at_layer(nested_quant_map, layer)
+    product = (_blocks(nested_map[absmax], nested_block_size) * nested_absmax[:, None]).reshape(-1)
     # XLA would contract product and sum into one fused multiply-add, which rounds once where bitsandbytes rounds twice
     # (an optimization barrier does not stop it). Clamping to the finite range changes nothing, and keeps them apart.
     finite = jnp.finfo(jnp.float32)
@@ -200,17 +210,73 @@ def _reference(
     block_size: int = BLOCK_SIZE,
     nested_block_size: int = NESTED_BLOCK_SIZE,
 ) -> jax.Array:
-    codes, absmax, nested_absmax, nested_offset, quant_map, nested_quant_map = (
-        array if array is None or layer is None else jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
-        for array in (codes, absmax, nested_absmax, nested_offset, quant_map, nested_quant_map)
-    )
-    quant_map = jnp.asarray(QUANT_MAP) if quant_map is None else quant_map
-    scales = _absmax(absmax, nested_absmax, nested_offset, nested_quant_map, nested_block_size)
+    codes = _at_layer(codes, layer)
+    scales = _absmax(absmax, nested_absmax, nested_offset, nested_quant_map, nested_block_size, layer)
+    quant_map = jnp.asarray(QUANT_MAP) if quant_map is None else _at_layer(quant_map, layer)
     rows, half = codes.shape
     blocks = _blocks(codes.reshape(-1), block_size // 2)
     first, second = quant_map[blocks >> 4] * scales[:, None], quant_map[blocks & 15] * scales[:, None]
     values = jnp.stack([first, second], axis=-1).astype(dtype).reshape(-1)
     return values[: rows * half * 2].reshape(rows, half * 2)
+
+
+def _pallas(
+    codes: jax.Array,
+    absmax: jax.Array,
+    nested_absmax: jax.Array | None = None,
+    nested_offset: jax.Array | None = None,
+    *,
+    dtype: Any = jnp.float32,
+    layer: jax.Array | int | None = None,
+    quant_map: jax.Array | None = None,
+    nested_quant_map: jax.Array | None = None,
+    block_size: int = BLOCK_SIZE,
+    nested_block_size: int = NESTED_BLOCK_SIZE,
+) -> jax.Array:
+    """One program decodes `_program_bytes` bytes of the layer that it reads from the whole stack of codes.
+
+    The absmax, a 64th of the values, are decoded by XLA before it.
+    """
+    scales = _absmax(absmax, nested_absmax, nested_offset, nested_quant_map, nested_block_size, layer)
+    quant_map = jnp.asarray(QUANT_MAP) if quant_map is None else _at_layer(quant_map, layer)
+    rows, half = codes.shape[-2:]
+    size = _program_bytes(codes)
+    values = backend.call(
+        functools.partial(_kernel, size=size, block_bytes=block_size // 2),
+        jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1),
+        codes.reshape(-1, rows * half),
+        scales,
+        quant_map,
+        out=jax.ShapeDtypeStruct((rows * half * 2,), dtype),
+        grid=(rows * half // size,),
+        num_warps=4,
+    )
+    return values.reshape(rows, half * 2)
+
+
+def _kernel(layer_ref, codes_ref, scales_ref, quant_map_ref, out_ref, *, size: int, block_bytes: int) -> None:
+    program = backend.program_id(0)
+    num_blocks = size // block_bytes
+    codes = backend.load(codes_ref.at[layer_ref[0], backend.ds(program * size, size)]).astype(jnp.int32)
+    scales = backend.load(scales_ref.at[backend.ds(program * num_blocks, num_blocks)])
+    first, second = backend.load(quant_map_ref.at[codes >> 4]), backend.load(quant_map_ref.at[codes & 15])
+    blocks = jnp.stack([first, second], axis=-1).reshape(num_blocks, 2 * block_bytes) * scales[:, None]
+    backend.store(out_ref.at[backend.ds(program * 2 * size, 2 * size)], blocks.reshape(-1).astype(out_ref.dtype))
+
+
+def _program_bytes(codes: jax.Array) -> int:
+    """Bytes of codes that one program decodes: a power of two that divides them all."""
+    return math.gcd(codes.shape[-2] * codes.shape[-1], 2048)
+
+
+def _pallas_refuses(
+    platform: str, codes: jax.Array, *args: Any, block_size: int = BLOCK_SIZE, **kwargs: Any
+) -> str | None:
+    if platform not in ("cpu", "gpu"):
+        return f"it is written for NVIDIA GPUs (and interpreted on a CPU), not {platform!r}"
+    if _program_bytes(codes) % (block_size // 2):
+        return f"{codes.shape[-2]} x {codes.shape[-1] * 2} values are not whole blocks of {block_size}"
+    return None
 
 
 def _case(name: str, shape: tuple[int, int], *, layers: int | None = None, double_quantization: bool = True) -> Case:
@@ -226,7 +292,10 @@ def _case(name: str, shape: tuple[int, int], *, layers: int | None = None, doubl
 NF4_DEQUANTIZE = register(
     Op(
         name="nf4_dequantize",
-        implementations={"xla": Implementation(_reference)},
+        implementations={
+            "xla": Implementation(_reference),
+            "pallas": Implementation(_pallas, refuses=_pallas_refuses),
+        },
         cases=(
             _case("layer of a stack", (16, 2048), layers=3),
             _case("partial blocks", (5, 1026)),

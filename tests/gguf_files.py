@@ -22,7 +22,9 @@ def export(hf_folder: Path, path: Path, quantization: str = "f32") -> Path:
 def raw_bytes(path: Path, header: Header, name: str) -> bytes:
     """A tensor's bytes as they lie in the file."""
     entry = header.tensors[name]
-    return path.read_bytes()[entry.offset : entry.offset + entry.nbytes]
+    with path.open("rb") as file:
+        file.seek(entry.offset)
+        return file.read(entry.nbytes)
 
 
 def write(path: Path, metadata: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 TOKENS = (2, 23)
 STEPS = 10
+SMOLLM2_LEARNING_RATE = 2e-4
 
 
 def case_config(name: str) -> dict[str, Any]:
@@ -48,8 +51,12 @@ def case_tokens(config: dict[str, Any], shape: tuple[int, int] = TOKENS, seed: i
     return np.random.default_rng(seed).integers(0, config["vocab_size"], shape)
 
 
-def adapter(config: dict[str, Any], rank: int, seed: int = 11) -> dict[str, np.ndarray]:
-    """Non-zero A [r, in] and B [out, r] for every linear of the layers, under HF names with lora_A and lora_B."""
+def adapter(config: dict[str, Any], rank: int, size: float = 0.3, seed: int = 11) -> dict[str, np.ndarray]:
+    """Non-zero A [r, in] and B [out, r] for every linear of the layers, under HF names with lora_A and lora_B.
+
+    `size` is B's standard deviation: on a trained model of many layers a large one makes the loss chaotic, and then
+    nothing can be compared.
+    """
     rng = np.random.default_rng(seed)
     found = {}
     for name, shape in tensor_shapes(config).items():
@@ -57,8 +64,19 @@ def adapter(config: dict[str, Any], rank: int, seed: int = 11) -> dict[str, np.n
             module = name.removesuffix(".weight")
             out, inputs = shape
             found[f"{module}.lora_A.weight"] = rng.standard_normal((rank, inputs), np.float32) * inputs**-0.5
-            found[f"{module}.lora_B.weight"] = rng.standard_normal((out, rank), np.float32) * np.float32(0.3)
+            found[f"{module}.lora_B.weight"] = rng.standard_normal((out, rank), np.float32) * np.float32(size)
     return found
+
+
+def smollm2_adapter(config: dict[str, Any]) -> dict[str, np.ndarray]:
+    """A non-zero adapter of rank 16 for SmolLM2."""
+    return adapter({**config, "attention_bias": False, "mlp_bias": False}, 16, size=0.02)
+
+
+def smollm2_tokens() -> np.ndarray:
+    """Two rows of 24 tokens of ordinary text, int64."""
+    reference = json.loads((Path(__file__).parent / "vectors" / "smollm2_reference.json").read_text())
+    return np.asarray(reference["paragraph"]["input_ids"][:48]).reshape(2, 24)
 
 
 def probes(name: str, shape: tuple[int, ...], count: int = 4) -> np.ndarray:

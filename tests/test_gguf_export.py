@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import gguf_files
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
+import gguf_files
 from converters import gguf_export
 from converters.archs import ARCHS
 from converters.checkpoint import TensorInfo, stream

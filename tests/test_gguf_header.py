@@ -7,10 +7,10 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf_files
 import pytest
 from gguf import GGUFReader
 
+import gguf_files
 from converters.gguf_header import read_header
 from converters.gguf_import import GGUFCheckpoint
 from jaxft.errors import JaxftError

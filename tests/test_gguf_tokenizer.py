@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from probe_strings import PROBES
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from converters.gguf_header import read_header
 from converters.gguf_tokenizer import PRE_TOKENIZERS, read_tokenizer, tokenizer_metadata
 from jaxft.errors import JaxftError
+from probe_strings import PROBES
 
 VECTORS = Path(__file__).parent / "vectors"
 PREFIX = "tokenizer.ggml."

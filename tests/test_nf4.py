@@ -13,7 +13,7 @@ from safetensors.flax import load_file
 
 from jaxft.errors import JaxftError
 from jaxft.quant import QUANTIZATIONS, NF4Tensor, QTensor
-from pallas_kernels import nf4
+from pallas_kernels import ImplementationError, nf4
 
 VECTORS = Path(__file__).parent / "vectors" / "nf4.safetensors"
 CASES = ("whole", "whole_bf16", "partial", "partial_bf16", "zeros", "nested_bf16")
@@ -57,6 +57,32 @@ def test_dequantize_gives_bitsandbytes_bits(case: str, kind: str) -> None:
     want = arrays.pop("dequantized")
     got = jax.jit(lambda arrays: nf4.dequantize(**arrays, dtype=want.dtype))(arrays)
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+def test_the_kernel_gives_the_references_bits(dtype) -> None:
+    stack = NF4Tensor.stack([NF4Tensor.quantize(normal(8, 768, seed=seed)) for seed in range(2)])
+    arrays = stack.codes, stack.absmax, stack.nested_absmax, stack.nested_offset
+    got, want = (
+        jax.jit(lambda layer, name=name: nf4.dequantize(*arrays, dtype=dtype, layer=layer, implementation=name))(1)
+        for name in ("pallas", "xla")
+    )
+    np.testing.assert_array_equal(got, want)
+
+
+def test_the_kernel_is_in_the_program_for_a_gpu_and_reads_the_stack_in_place() -> None:
+    stack = NF4Tensor.stack([NF4Tensor.quantize(normal(8, 768, seed=seed)) for seed in range(2)])
+    run = jax.jit(lambda *arrays: nf4.dequantize(*arrays, layer=1, implementation="pallas"))
+    arrays = stack.codes, stack.absmax, stack.nested_absmax, stack.nested_offset
+    text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    (kernel_call,) = [line for line in text.splitlines() if "custom_call @" in line]
+    assert "triton" in kernel_call
+    assert f"tensor<2x{8 * 768 // 2}xui8>" in kernel_call
+
+
+def test_the_kernel_refuses_partial_blocks() -> None:
+    with pytest.raises(ImplementationError, match="'pallas' cannot run this: 5 x 50 values are not whole blocks of 64"):
+        nf4.dequantize(*nf4.quantize(normal(5, 50)), implementation="pallas")
 
 
 def test_quantize_is_deterministic_and_refuses_odd_columns() -> None:

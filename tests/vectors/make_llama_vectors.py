@@ -13,7 +13,19 @@ import torch
 from safetensors.numpy import save_file
 
 from jaxft.fetch import SMOLLM2, fetch
-from llama_cases import ALPHA, CASES, RANK, STEPS, adapter, case_config, case_tokens, probes
+from llama_cases import (
+    ALPHA,
+    CASES,
+    RANK,
+    SMOLLM2_LEARNING_RATE,
+    STEPS,
+    adapter,
+    case_config,
+    case_tokens,
+    probes,
+    smollm2_adapter,
+    smollm2_tokens,
+)
 from tiny import random_tensors
 from vectors import torch_reference as reference
 
@@ -39,15 +51,14 @@ def tiny_vectors() -> dict[str, np.ndarray]:
 def smollm2_vectors() -> dict[str, object]:
     """Loss, each adapter gradient's norm and projections, and ten AdamW losses."""
     model = reference.smollm2(fetch(SMOLLM2))
-    config = {**model.config.to_dict(), "attention_bias": False, "mlp_bias": False}
-    tokens = case_tokens(config, (2, 24))
-    model = reference.with_adapter(model, adapter(config, 16), 16, 16)
+    tokens = smollm2_tokens()
+    model = reference.with_adapter(model, smollm2_adapter(model.config.to_dict()), 16, 16)
     gradients = reference.gradients(model, tokens)
     leaves = {
         name: [float(np.linalg.norm(g)), *np.tensordot(probes(name, g.shape), g.astype(np.float64), g.ndim).tolist()]
         for name, g in gradients.items()
     }
-    return {"leaves": leaves, "losses": reference.adamw_losses(model, tokens, STEPS, LEARNING_RATE)}
+    return {"leaves": leaves, "losses": reference.adamw_losses(model, tokens, STEPS, SMOLLM2_LEARNING_RATE)}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python tests/vectors/make_smollm2_reference.py
 
-Three questions and a story's beginning with their ids, the ten largest logits after the prompt, and up to 64 greedy tokens.
+Three questions and a story's beginning: their ids, the ten largest logits after them, up to 64 greedy tokens. And the
+mean negative log-likelihood of a paragraph.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ QUESTIONS = (
     "Tom has 3 apples and buys 5 more. How many apples does he have?",
 )
 STORY = "Once upon a time, there was a little girl who"
+PARAGRAPH = (
+    "The Great Barrier Reef is the world's largest coral reef system, composed of over 2,900 individual r"
+    "eefs and 900 islands stretching for over 2,300 kilometres. The reef is located in the Coral Sea, off"
+    " the coast of Queensland, Australia. It supports a wide diversity of life and was selected as a Worl"
+    "d Heritage Site in 1981. Climate change, pollution and tourism all threaten the reef, and scientists"
+    " have recorded several mass bleaching events since 1998."
+)
 N_TOKENS = 64
 
 
@@ -46,9 +54,10 @@ def main() -> None:
                 "top10": list(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
             }
         )
-    Path(__file__).with_name("smollm2_reference.json").write_text(
-        "[\n " + ",\n ".join(json.dumps(row) for row in rows) + "\n]\n"
-    )
+    ids = torch.tensor([tokenizer(PARAGRAPH)["input_ids"]])
+    nll = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]).item()
+    reference = {"generations": rows, "paragraph": {"input_ids": ids[0].tolist(), "mean_nll": nll}}
+    Path(__file__).with_name("smollm2_reference.json").write_text(json.dumps(reference, indent=1) + "\n")
 
 
 if __name__ == "__main__":
