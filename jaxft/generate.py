@@ -152,8 +152,8 @@ def _generate(
     def record(loop: _Loop) -> _Loop:
         """Notes the drawn tokens of the rows that are not done, then marks the rows that ended with them."""
         out = loop.out.at[:, loop.count].set(jnp.where(loop.done, 0, loop.token))
-        counts = loop.counts + ~loop.done
-        done = loop.done | jnp.any(loop.token[:, None] == eos, axis=1)
+        counts = loop.counts + (~loop.done).astype(jnp.int32)
+        done = loop.done | jnp.any(loop.token[:, None] == eos[None, :], axis=1)
         return loop._replace(out=out, counts=counts, done=done, count=loop.count + 1)
 
     def advance(loop: _Loop) -> _Loop:

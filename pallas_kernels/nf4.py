@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import backend
-from pallas_kernels.op import Case, Implementation, Op, normal, register
+from pallas_kernels.op import Case, Choice, Implementation, Op, normal, register
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
+MAX_PROGRAM_BYTES = 2048
 
 # Quantiles of the standard normal distribution, normalised to [-1, 1] with an exact 0 (appendix E of the paper).
 QUANT_MAP = np.array(
@@ -266,7 +267,7 @@ def _kernel(layer_ref, codes_ref, scales_ref, quant_map_ref, out_ref, *, size: i
 
 def _program_bytes(codes: jax.Array) -> int:
     """Bytes of codes that one program decodes: a power of two that divides them all."""
-    return math.gcd(codes.shape[-2] * codes.shape[-1], 2048)
+    return math.gcd(codes.shape[-2] * codes.shape[-1], MAX_PROGRAM_BYTES)
 
 
 def _pallas_refuses(
@@ -277,6 +278,12 @@ def _pallas_refuses(
     if _program_bytes(codes) % (block_size // 2):
         return f"{codes.shape[-2]} x {codes.shape[-1] * 2} values are not whole blocks of {block_size}"
     return None
+
+
+def _choose(platform: str, codes: jax.Array, *args: Any, **kwargs: Any) -> Choice:
+    if platform == "gpu" and _program_bytes(codes) == MAX_PROGRAM_BYTES:
+        return Choice("pallas", "its table look-up reads and writes faster than XLA's gather (1.4 times on an H100)")
+    return Choice("xla", "the kernel is for GPUs, and for weights of whole programs")
 
 
 def _case(name: str, shape: tuple[int, int], *, layers: int | None = None, double_quantization: bool = True) -> Case:
@@ -296,6 +303,7 @@ NF4_DEQUANTIZE = register(
             "xla": Implementation(_reference),
             "pallas": Implementation(_pallas, refuses=_pallas_refuses),
         },
+        choose_fastest=_choose,
         cases=(
             _case("layer of a stack", (16, 2048), layers=3),
             _case("partial blocks", (5, 1026)),

@@ -187,8 +187,10 @@ def differences(ours: Path, theirs: Path) -> Iterator[tuple[str, Any]]:
     """What differs, as (key or tensor, our value)."""
     header, other = read_header(ours), read_header(theirs)
     for key in {**other.metadata, **header.metadata}:
-        if not np.array_equal(header.metadata.get(key), other.metadata.get(key)):
-            yield key, header.metadata.get(key)
+        mine: Any = header.metadata.get(key)
+        their: Any = other.metadata.get(key)
+        if not np.array_equal(mine, their):
+            yield key, mine
     for name in {**other.tensors, **header.tensors}:
         if gguf_files.raw_bytes(ours, header, name) != gguf_files.raw_bytes(theirs, other, name):
             yield name, header.tensors[name].type

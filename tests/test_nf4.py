@@ -27,6 +27,11 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
+# Compiled once a shape: run eagerly, each of their operations would be compiled on its own.
+quantized = jax.jit(NF4Tensor.quantize, static_argnames="double_quantization")
+decoded = jax.jit(NF4Tensor.dequantize, static_argnames="dtype")
+
+
 def test_the_maps_are_bitsandbytes_maps() -> None:
     stored = vectors("")
     np.testing.assert_array_equal(nf4.QUANT_MAP, stored["quant_map"])
@@ -61,7 +66,7 @@ def test_dequantize_gives_bitsandbytes_bits(case: str, kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
 def test_the_kernel_gives_the_references_bits(dtype) -> None:
-    stack = NF4Tensor.stack([NF4Tensor.quantize(normal(8, 768, seed=seed)) for seed in range(2)])
+    stack = NF4Tensor.stack([quantized(normal(8, 768, seed=seed)) for seed in range(2)])
     arrays = stack.codes, stack.absmax, stack.nested_absmax, stack.nested_offset
     got, want = (
         jax.jit(lambda layer, name=name: nf4.dequantize(*arrays, dtype=dtype, layer=layer, implementation=name))(1)
@@ -71,10 +76,14 @@ def test_the_kernel_gives_the_references_bits(dtype) -> None:
 
 
 def test_the_kernel_is_in_the_program_for_a_gpu_and_reads_the_stack_in_place() -> None:
-    stack = NF4Tensor.stack([NF4Tensor.quantize(normal(8, 768, seed=seed)) for seed in range(2)])
+    stack = NF4Tensor.stack([quantized(normal(8, 768, seed=seed)) for seed in range(2)])
     run = jax.jit(lambda *arrays: nf4.dequantize(*arrays, layer=1, implementation="pallas"))
     arrays = stack.codes, stack.absmax, stack.nested_absmax, stack.nested_offset
-    text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    # Only the lowering is for that GPU, and jax takes it from here where this machine has none.
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     (kernel_call,) = [line for line in text.splitlines() if "custom_call @" in line]
     assert "triton" in kernel_call
     assert f"tensor<2x{8 * 768 // 2}xui8>" in kernel_call
@@ -94,36 +103,36 @@ def test_quantize_is_deterministic_and_refuses_odd_columns() -> None:
 
 @pytest.mark.parametrize("double_quantization", [True, False])
 def test_a_stack_is_its_weights(double_quantization: bool) -> None:
-    weights = [NF4Tensor.quantize(normal(6, 64, seed=seed), double_quantization) for seed in range(3)]
+    weights = [quantized(normal(6, 64, seed=seed), double_quantization=double_quantization) for seed in range(3)]
     stack = NF4Tensor.stack(weights)
     assert stack.nbytes == sum(weight.nbytes for weight in weights)
     for index, (weight, again) in enumerate(zip(weights, stack.unstack(), strict=True)):
         jax.tree.map(np.testing.assert_array_equal, weight, again)
         assert jax.tree.structure(weight) == jax.tree.structure(again)
-        np.testing.assert_array_equal(weight.dequantize(), stack.at_layer(index).dequantize())
+        np.testing.assert_array_equal(decoded(weight), decoded(stack.at_layer(index)))
     read = jax.jit(lambda stack, index: stack.at_layer(index).dequantize(jnp.bfloat16))(stack, jnp.int32(2))
-    np.testing.assert_array_equal(read, weights[2].dequantize(jnp.bfloat16))
+    np.testing.assert_array_equal(read, decoded(weights[2], dtype=jnp.bfloat16))
     sliced = jax.lax.scan(lambda carry, weight: (carry, weight.dequantize()), None, stack)[1]
-    np.testing.assert_array_equal(sliced[1], weights[1].dequantize())
+    np.testing.assert_array_equal(sliced[1], decoded(weights[1]))
 
 
 def test_a_view_shares_the_stacks_arrays() -> None:
-    stack = NF4Tensor.stack([NF4Tensor.quantize(normal(6, 64))] * 2)
+    stack = NF4Tensor.stack([quantized(normal(6, 64))] * 2)
     assert stack.at_layer(1).codes is stack.codes
 
 
 def test_a_stored_checkpoints_own_maps_are_used() -> None:
-    weight = NF4Tensor.quantize(normal(2, 64))
+    weight = quantized(normal(6, 64))
     doubled = dataclasses.replace(weight, quant_map=weight.quant_map * 2)
-    np.testing.assert_array_equal(doubled.dequantize(), 2 * weight.dequantize())
+    np.testing.assert_array_equal(decoded(doubled), 2 * decoded(weight))
 
 
 def test_wrong_use_is_refused_in_words() -> None:
-    weight = NF4Tensor.quantize(normal(6, 64))
+    weight = quantized(normal(6, 64))
     stack = NF4Tensor.stack([weight, weight])
     for misuse, message in (
         (lambda: NF4Tensor.quantize(normal(3, 7)), r"weight of shape \(3, 7\): NF4 needs a matrix with an even number"),
-        (lambda: NF4Tensor.stack([weight, NF4Tensor.quantize(normal(4, 64))]), "needs weights of one kind"),
+        (lambda: NF4Tensor.stack([weight, quantized(normal(4, 64))]), "needs weights of one kind"),
         (lambda: NF4Tensor.stack([]), "needs weights of one kind"),
         (lambda: NF4Tensor.stack([stack.at_layer(0)]), "needs weights of one kind"),
         (lambda: stack.dequantize(), "has no single value"),
@@ -136,7 +145,7 @@ def test_wrong_use_is_refused_in_words() -> None:
 
 def test_nf4_is_registered() -> None:
     assert QUANTIZATIONS["nf4"] is NF4Tensor
-    assert isinstance(NF4Tensor.quantize(normal(2, 64)), QTensor)
+    assert isinstance(quantized(normal(6, 64)), QTensor)
 
 
 @pytest.mark.slow

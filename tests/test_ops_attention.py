@@ -63,8 +63,9 @@ def test_a_mask_that_adds_would_leak() -> None:
         return jnp.einsum("bnts,bsnh->btnh", p, jnp.repeat(v, 2, axis=2))
 
     q, k, v, _ = packed_row()
-    after = leaky(*(disturbed(x, 1e20) for x in (q, k, v)))
-    assert not np.array_equal(others(leaky(q, k, v)), others(after))
+    run = jax.jit(leaky)
+    after = run(*(disturbed(x, 1e20) for x in (q, k, v)))
+    assert not np.array_equal(others(run(q, k, v)), others(after))
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
@@ -91,26 +92,21 @@ def test_padding_is_zero_and_unseen() -> None:
 
 def test_a_packed_document_equals_the_same_document_alone() -> None:
     q, k, v, _ = packed_row()
-    packed = attention(q, k, v, scale=0.3, segment_ids=SEGMENTS)[:, 5:11]
-    alone = attention(q[:, 5:11], k[:, 5:11], v[:, 5:11], scale=0.3)
+    packed = jax.jit(lambda q, k, v: attention(q, k, v, scale=0.3, segment_ids=SEGMENTS))(q, k, v)[:, 5:11]
+    alone = jax.jit(lambda q, k, v: attention(q, k, v, scale=0.3))(*(np.asarray(x)[:, 5:11] for x in (q, k, v)))
     np.testing.assert_allclose(packed, alone, rtol=1e-6, atol=1e-6)
 
 
 def test_decoding_step_by_step_equals_the_whole_sequence() -> None:
     q, k, v, _ = packed_row()
-    whole = attention(q, k, v, scale=0.3, sliding_window=4)
+    whole = jax.jit(lambda q, k, v: attention(q, k, v, scale=0.3, sliding_window=4))(q, k, v)
+    step = jax.jit(lambda *arguments: cached_attention(*arguments, scale=0.3, sliding_window=4))
     for position in (0, 3, 9):
         # The cache's later slots hold what no query may see.
-        later = (jnp.arange(k.shape[1]) > position)[None, :, None, None]
-        step = cached_attention(
-            q[:, position : position + 1],
-            jnp.where(later, HUGE, k),
-            jnp.where(later, HUGE, v),
-            jnp.array([[position]], jnp.int32),
-            scale=0.3,
-            sliding_window=4,
-        )
-        np.testing.assert_allclose(step[:, 0], whole[:, position], rtol=1e-6, atol=1e-6)
+        k_cache, v_cache = np.array(k), np.array(v)
+        k_cache[:, position + 1 :] = v_cache[:, position + 1 :] = HUGE
+        out = step(np.asarray(q)[:, position : position + 1], k_cache, v_cache, np.array([[position]], np.int32))
+        np.testing.assert_allclose(out[:, 0], np.asarray(whole)[:, position], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

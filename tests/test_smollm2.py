@@ -81,16 +81,18 @@ def test_ten_adamw_steps(adapted):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft calls what transformers renamed
 def test_gradients_equal_peft_leaf_by_leaf(adapted, smollm2_gguf):
     from vectors import torch_reference as reference
 
     tokens = smollm2_tokens()
     theirs = reference.with_adapter(reference.smollm2(smollm2_gguf), smollm2_adapter(adapted.source.config), 16, 16)
-    expected = reference.gradients(theirs, tokens)
+    single = reference.gradients(theirs, tokens)
+    expected = reference.gradients(theirs.double(), tokens)
     found = mean_loss_gradients(adapted.decoder, plain_batch(tokens))
-    worst = max(relative_l2(found[name], expected[name]) for name in expected)
-    print(f"worst relative L2 of {len(expected)} leaves: {worst:.2e}")
-    assert worst < 1e-4
+    ours, torchs = (max(relative_l2(g[name], expected[name]) for name in expected) for g in (found, single))
+    print(f"worst relative L2 of {len(expected)} leaves to float64: ours {ours:.2e}, torch's float32 {torchs:.2e}")
+    assert ours < 1e-4
 
 
 @pytest.mark.slow

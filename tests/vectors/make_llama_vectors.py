@@ -53,12 +53,15 @@ def smollm2_vectors() -> dict[str, object]:
     model = reference.smollm2(fetch(SMOLLM2))
     tokens = smollm2_tokens()
     model = reference.with_adapter(model, smollm2_adapter(model.config.to_dict()), 16, 16)
+    losses = reference.adamw_losses(model, tokens, STEPS, SMOLLM2_LEARNING_RATE)
+    model = reference.smollm2(fetch(SMOLLM2))
+    model = reference.with_adapter(model, smollm2_adapter(model.config.to_dict()), 16, 16).double()
     gradients = reference.gradients(model, tokens)
     leaves = {
         name: [float(np.linalg.norm(g)), *np.tensordot(probes(name, g.shape), g.astype(np.float64), g.ndim).tolist()]
         for name, g in gradients.items()
     }
-    return {"leaves": leaves, "losses": reference.adamw_losses(model, tokens, STEPS, SMOLLM2_LEARNING_RATE)}
+    return {"leaves": leaves, "losses": losses}
 
 
 if __name__ == "__main__":
