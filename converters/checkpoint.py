@@ -7,7 +7,6 @@ Sources (HF safetensors, GGUF, Orbax, a model in memory) implement `Checkpoint`;
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,9 +29,7 @@ class DecoderCheckpoint:
         self._views: dict[str, TensorView] = tensor_views(decoder)
         self.where = source.where
         self.config = source.config
-        self.tensors = {
-            name: TensorInfo(view.shape, source.tensors[name].dtype) for name, view in self._views.items()
-        }
+        self.tensors = {name: TensorInfo(view.shape, source.tensors[name].dtype) for name, view in self._views.items()}
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the source's dtype."""
@@ -50,24 +48,27 @@ class MergedCheckpoint:
     """W + scale * B A for every adapted weight of `base`, computed in float32 one tensor at a time, in W's dtype.
 
     Raises:
-      JaxftError: an adapted weight that the base does not have, or whose shape does not fit.
+      JaxftError: adapted weights that the base does not have, or whose shape does not fit, all of them listed.
     """
 
     def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
         self._base = base
         self._adapter = adapter
-        self._adapted = {name.removesuffix(".lora_A.weight") for name in adapter.tensors if name.endswith("lora_A.weight")}
-        for module in self._adapted:
-            a, b = self._factors(module)
-            info = base.tensors.get(f"{module}.weight")
-            if info is None or info.shape != (b.shape[0], a.shape[1]):
-                found = "has no such weight" if info is None else f"has a weight of {list(info.shape)} there"
-                raise JaxftError(
-                    base.where, f"the adapter changes {module} [{b.shape[0]}, {a.shape[1]}], but the base {found}"
-                )
+        self._adapted = frozenset(adapter.modules)
+        problems = [problem for module in adapter.modules for problem in self._problems(module)]
+        if problems:
+            raise JaxftError(base.where, f"is not the base of this adapter: {'; '.join(problems)}")
         self.where = base.where
         self.config = base.config
         self.tensors = base.tensors
+
+    def _problems(self, module: str) -> list[str]:
+        a, b = self._factors(module)
+        info = self._base.tensors.get(f"{module}.weight")
+        if info is None:
+            return [f"it has no {module}.weight"]
+        changed = (b.shape[0], a.shape[1])
+        return [] if info.shape == changed else [f"{module}.weight is {list(info.shape)}, not {list(changed)}"]
 
     def _factors(self, module: str) -> tuple[np.ndarray, np.ndarray]:
         return tuple(self._adapter.tensors[f"{module}.lora_{part}.weight"].astype(np.float32) for part in "AB")
@@ -92,7 +93,7 @@ class MergedCheckpoint:
 
 
 class CastCheckpoint:
-    """`base` with its floating-point tensors of more than 16 bits in bfloat16, and config.json saying so."""
+    """`base` with its tensors of more than 16 bits in bfloat16, and config.json saying so where there are any."""
 
     def __init__(self, base: Checkpoint) -> None:
         import ml_dtypes
@@ -100,8 +101,10 @@ class CastCheckpoint:
         self._base = base
         self._dtype = np.dtype(ml_dtypes.bfloat16)
         self.where = base.where
-        self.config = {**base.config, "dtype": "bfloat16"}
-        self.config.pop("torch_dtype", None)
+        self.config = base.config
+        if any(info.dtype.itemsize > 2 for info in base.tensors.values()):
+            self.config = {**base.config, "dtype": "bfloat16"}
+            self.config.pop("torch_dtype", None)
         self.tensors = {
             name: info._replace(dtype=self._dtype if info.dtype.itemsize > 2 else info.dtype)
             for name, info in base.tensors.items()

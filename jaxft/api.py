@@ -7,6 +7,7 @@ of jaxft that imports `converters`, and it does so inside functions.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -88,17 +89,28 @@ class LanguageModel:
           max_new_tokens: at most so many.
           do_sample: draw with temperature, top_k and top_p; otherwise take the most likely token.
           seed: noise depends on it and on the row and position only.
-          eos_token_id: None takes the generation config's and the tokenizer's.
+          eos_token_id: None takes `eos_token_ids`.
           batch_size: rows that are generated at once.
         """
         rows = [[int(token) for token in row] for row in np.asarray(input_ids)] if _is_array(input_ids) else input_ids
         prompts = [list(map(int, row)) for row in rows]
         if attention_mask is not None:
-            prompts = [[t for t, keep in zip(*pair, strict=True) if keep] for pair in zip(prompts, attention_mask, strict=True)]
+            if [len(row) for row in attention_mask] != [len(prompt) for prompt in prompts]:
+                raise JaxftError("attention_mask", "has another shape than input_ids")
+            prompts = [
+                [t for t, keep in zip(*pair, strict=True) if keep] for pair in zip(prompts, attention_mask, strict=True)
+            ]
         eos = self.eos_token_ids() if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
         sampling = Sampling(temperature, top_k, top_p) if do_sample else Sampling()
-        new = generate(self.decoder, prompts, max_new_tokens=max_new_tokens, eos_token_ids=eos, sampling=sampling,
-                       seed=seed, batch_size=batch_size)
+        new = generate(
+            self.decoder,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos,
+            sampling=sampling,
+            seed=seed,
+            batch_size=batch_size,
+        )
         return [prompt + tokens for prompt, tokens in zip(prompts, new, strict=True)]
 
     def answer(self, prompts: Sequence[str], *, chat: bool = True, **settings: Any) -> list[str]:
@@ -118,8 +130,12 @@ class LanguageModel:
         if chat and not tokenizer.chat_template:
             raise JaxftError(self.name, "its tokenizer has no chat template", "Pass chat=False to continue plain text")
         if chat:
-            rows = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True,
-                                                  return_dict=False) for prompt in prompts]
+            rows = [
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+                )
+                for prompt in prompts
+            ]
         else:
             rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
         outputs = self.generate(rows, **settings)
@@ -127,12 +143,12 @@ class LanguageModel:
         return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     def eos_token_ids(self) -> list[int]:
-        """What ends a generated row: the checkpoint's eos_token_id (one or several) and the tokenizer's."""
-        configured = self.source.config.get("eos_token_id")
-        found = set(np.atleast_1d(configured).tolist()) if configured is not None else set()
-        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            found.add(self.tokenizer.eos_token_id)
-        return sorted(found)
+        """What ends a generated row: the eos_token_id (one or several) of generation config, config and tokenizer."""
+        generation_config = json.loads(self.source.sidecars().get("generation_config.json", b"{}"))
+        stated = [fields.get("eos_token_id") for fields in (generation_config, self.source.config)]
+        if self.tokenizer is not None:
+            stated.append(self.tokenizer.eos_token_id)
+        return sorted({int(token) for ids in stated if ids is not None for token in np.atleast_1d(ids)})
 
     def trainable_parameters(self) -> int:
         """How many values train."""
@@ -203,7 +219,9 @@ class LanguageModel:
         from converters.peft_io import make_adapter
 
         if self.lora_config is None:
-            raise JaxftError("save_pretrained", "the model has no adapter", "Call FastLanguageModel.get_peft_model first")
+            raise JaxftError(
+                "save_pretrained", "the model has no adapter", "Call FastLanguageModel.get_peft_model first"
+            )
         return make_adapter(self.lora_config, lora.adapter_tensors(self.decoder), base_model_name_or_path=self.name)
 
     def _merged(self, base: Literal["original", "loaded"]) -> Checkpoint:
@@ -245,7 +263,7 @@ class FastLanguageModel:
 
         dtype = default_dtype() if dtype is None else dtype
         adapter = read_adapter(Path(model_name)) if is_adapter(model_name) else None
-        name = str(adapter.config["base_model_name_or_path"]) if adapter else str(model_name)
+        name = _base_of(adapter, model_name) if adapter else str(model_name)
         source = open_checkpoint(name)
         decoder = load_decoder(source, dtype=dtype, quantization="nf4" if load_in_4bit else None)
         tokenizer = source.tokenizer()
@@ -282,8 +300,9 @@ class FastLanguageModel:
         if bias != "none":
             raise JaxftError("bias", f"{bias!r} is not supported", 'Only "none" is')
         config = lora.LoraConfig(r, lora_alpha, lora_dropout, tuple(target_modules), use_rslora)
-        model.decoder.remat = parse_remat(use_gradient_checkpointing)
+        remat = parse_remat(use_gradient_checkpointing)
         lora.attach(model.decoder, config, key=jax.random.key(random_state))
+        model.decoder.remat = remat
         model.lora_config = config
         return model
 
@@ -313,6 +332,13 @@ def check_gguf_quantizations(methods: Sequence[str]) -> None:
 
     for method in methods:
         check_quantization(method)
+
+
+def _base_of(adapter: Adapter, where: str | Path) -> str:
+    name = adapter.config.get("base_model_name_or_path")
+    if not name:
+        raise JaxftError(f"{where}, field base_model_name_or_path", "is missing", "Fill in the path of the base model")
+    return name
 
 
 def _load_adapter(model: LanguageModel, adapter: Adapter) -> None:

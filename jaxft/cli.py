@@ -5,6 +5,7 @@ A YAML file given by ``--config`` holds the same names as the flags (``learning_
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -115,8 +116,14 @@ def generate(
     """
     language_model = model.load()
     answers = language_model.answer(
-        prompt, chat=chat, max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k,
-        top_p=top_p, seed=seed,
+        prompt,
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
     )
     for text in answers:
         print(text)
@@ -142,20 +149,21 @@ def _run(argv: list[str]) -> None:
         {"sft": sft, "generate": generate, "demo": demo},
         args=expand_config(argv),
         prog="jaxft",
-        description="Fine-tune language models in JAX: exact LoRA and QLoRA, and everything around it.",
+        description="Fine-tune language models in JAX: exact LoRA and QLoRA, and everything around it. "
+        "With --config FILE, a YAML file fills in flags that are not given.",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
     )
 
 
 def expand_config(argv: list[str]) -> list[str]:
     """Replaces ``--config FILE`` by the flags that the YAML file spells, in front of the others, which win."""
-    if "--config" not in argv:
-        return argv
-    at = argv.index("--config")
-    if at + 1 == len(argv):
-        raise JaxftError("--config", "needs a file")
-    rest = argv[:at] + argv[at + 2 :]
-    return [*rest[:1], *config_flags(Path(argv[at + 1])), *rest[1:]]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", type=Path)
+    try:
+        known, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise JaxftError("--config", "needs a file") from error
+    return [*rest[:1], *config_flags(known.config), *rest[1:]] if known.config else rest
 
 
 def config_flags(path: Path) -> list[str]:

@@ -44,12 +44,16 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
       JaxftError: `path` is a file, is not empty, cannot be written to, or is to be overwritten but is no checkpoint.
     """
-    path = Path(path)
-    existed = path.exists()
-    path = prepare_output_dir(path, overwrite=overwrite)
+    existed = Path(path).exists()
+    path = prepare_output_dir(path, overwrite=overwrite).resolve()  # a link's target, or "." by its name, is replaced
     if any(path.iterdir()) and not any((path / name).is_file() for name in CHECKPOINT_FILES):
         raise JaxftError(path, "is not empty and holds no checkpoint, so it is not replaced", "Choose another folder")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise JaxftError(
+            path.parent, f"cannot be written to ({error.strerror}), and {path.name} is made there"
+        ) from error
     try:
         yield temporary
         temporary.chmod(0o755)

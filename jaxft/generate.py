@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft.errors import JaxftError
+from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder, KVCache
 
 BUCKET = 64  # prompt and cache lengths are rounded up to it, so that few shapes are compiled
@@ -66,16 +67,14 @@ def generate(
       batch_size: rows that are generated at once.
 
     Raises:
-      JaxftError: an empty prompt, or one that leaves no room below the model's max_position_embeddings.
+      JaxftError: an empty prompt, one that leaves no room below the model's max_position_embeddings, a token without an
+        embedding, or a setting that is not positive.
     """
-    limit = decoder.config.max_position_embeddings
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise JaxftError(name, f"must be at least 1, not {value}")
     for row, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise JaxftError(f"prompt {row}", "is empty")
-        if len(prompt) + max_new_tokens > limit:
-            raise JaxftError(
-                f"prompt {row}", f"has {len(prompt)} tokens, and {max_new_tokens} more pass the model's limit of {limit}"
-            )
+        _check_prompt(f"prompt {row}", prompt, max_new_tokens, decoder.config)
     graphdef, params = nnx.split(decoder)
     eos = jnp.asarray(sorted(eos_token_ids), jnp.int32)
     results: list[list[int]] = []
@@ -84,11 +83,33 @@ def generate(
         size = batch_size if len(prompts) > batch_size else len(rows)
         tokens, lengths = _pad(rows, size)
         row_ids = jnp.arange(start, start + size, dtype=jnp.int32)
-        new, counts = _generate(graphdef, params, tokens, lengths, row_ids, jax.random.key(seed), eos,
-                                sampling=sampling, max_new_tokens=max_new_tokens)
+        new, counts = _generate(
+            graphdef,
+            params,
+            tokens,
+            lengths,
+            row_ids,
+            jax.random.key(seed),
+            eos,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+        )
         new, counts = np.asarray(new), np.asarray(counts)
         results += [new[i, : counts[i]].tolist() for i in range(len(rows))]
     return results
+
+
+def _check_prompt(where: str, prompt: Sequence[int], max_new_tokens: int, config: DecoderConfig) -> None:
+    limit = config.max_position_embeddings
+    if not len(prompt):
+        raise JaxftError(where, "is empty")
+    if len(prompt) + max_new_tokens > limit:
+        raise JaxftError(
+            where, f"has {len(prompt)} tokens, and {max_new_tokens} more pass the model's limit of {limit}"
+        )
+    unknown = [token for token in prompt if not 0 <= token < config.vocab_size]
+    if unknown:
+        raise JaxftError(where, f"has the token id {unknown[0]}, and the model has only {config.vocab_size} embeddings")
 
 
 def _pad(rows: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -188,4 +209,3 @@ def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
         kept = jnp.sum(jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p, axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < jnp.take_along_axis(order, kept - 1, axis=-1), -jnp.inf, logits_BV)
     return logits_BV
-

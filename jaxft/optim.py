@@ -25,7 +25,9 @@ def schedule(kind: Scheduler, learning_rate: float, *, total_steps: int, warmup_
     elif kind == "constant":
         decay = optax.constant_schedule(learning_rate)
     else:
-        raise JaxftError("lr_scheduler_type", f"{kind!r} is not known", f"Choose one of {', '.join(get_args(Scheduler))}")
+        raise JaxftError(
+            "lr_scheduler_type", f"{kind!r} is not known", f"Choose one of {', '.join(get_args(Scheduler))}"
+        )
     if warmup_steps == 0:
         return decay
     return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), decay], [warmup_steps])

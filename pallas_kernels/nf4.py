@@ -29,7 +29,7 @@ from pallas_kernels.op import Case, Choice, Implementation, Op, normal, register
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
-MAX_PROGRAM_BYTES = 2048
+MAX_PROGRAM_BYTES = 2048  # of codes, for one program of the kernel; a power of two
 
 # Quantiles of the standard normal distribution, normalised to [-1, 1] with an exact 0 (appendix E of the paper).
 QUANT_MAP = np.array(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from tiny import hf_config, tensor_shapes
 
 RANK, ALPHA = 4, 8

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from converters.archs import arch_of
 from jaxft import lora
 from jaxft.data.batch import Batch, Example, lay_out
@@ -20,8 +21,9 @@ from tiny import hf_config, random_tensors
 def decoder_of(hf: dict[str, Any] | None = None, quantization: str | None = None, **settings: Any) -> Decoder:
     """A float32 decoder with `random_tensors(hf)`; `settings` are its attributes (remat, unroll)."""
     hf = hf_config() if hf is None else hf
-    decoder = build_decoder(decoder_config(hf), random_tensors(hf).__getitem__, dtype=jnp.float32,
-                            quantization=quantization)
+    decoder = build_decoder(
+        decoder_config(hf), random_tensors(hf).__getitem__, dtype=jnp.float32, quantization=quantization
+    )
     for name, value in settings.items():
         setattr(decoder, name, value)
     return decoder
@@ -32,8 +34,9 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
     return arch_of(hf["model_type"], "test").decoder_config(hf, "test")
 
 
-def with_adapter(decoder: Decoder, hf: dict[str, Any] | None = None, rank: int = RANK, alpha: float = ALPHA,
-                 **settings: Any) -> Decoder:
+def with_adapter(
+    decoder: Decoder, hf: dict[str, Any] | None = None, rank: int = RANK, alpha: float = ALPHA, **settings: Any
+) -> Decoder:
     """`decoder` with the cases' non-zero adapter attached."""
     lora.attach(decoder, lora.LoraConfig(r=rank, lora_alpha=alpha, **settings), key=jax.random.key(0))
     lora.load_adapter_tensors(decoder, adapter(hf_config() if hf is None else hf, rank))

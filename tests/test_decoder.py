@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
+
 from jaxft.data.batch import lay_out
 from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig, LayerFacts, RopeConfig
@@ -16,7 +18,6 @@ from jaxft.models.decoder import Decoder, KVCache, Segment, segment_positions, s
 from jaxft.models.rope import inverse_frequencies
 from llama_cases import CASES, case_config, case_tokens
 from models import decoder_of, random_examples
-from safetensors.numpy import load_file
 from tiny import hf_config, random_tensors
 
 VECTORS = Path(__file__).parent / "vectors" / "llama.safetensors"

@@ -10,13 +10,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
+
 from jaxft import lora, losses
 from jaxft.errors import JaxftError
 from jaxft.models import labels
 from jaxft.train.step import make_train_step
 from llama_cases import CASES, STEPS, adapter, case_config, case_tokens
 from models import decoder_of, plain_batch, relative_l2, with_adapter
-from safetensors.numpy import load_file
 from tiny import hf_config
 
 VECTORS = Path(__file__).parent / "vectors" / "llama.safetensors"
@@ -56,7 +57,9 @@ def losses_of_steps(decoder, batch, steps: int, learning_rate: float) -> list[fl
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_equal_peft(case, settings):
     config = case_config(case)
-    expected = {k.removeprefix(f"{case}/grad/"): v for k, v in load_file(VECTORS).items() if k.startswith(f"{case}/grad")}
+    expected = {
+        k.removeprefix(f"{case}/grad/"): v for k, v in load_file(VECTORS).items() if k.startswith(f"{case}/grad")
+    }
     decoder = with_adapter(decoder_of(config, **settings), config)
     gradients = mean_loss_gradients(decoder, plain_batch(case_tokens(config)))
     assert gradients.keys() == expected.keys()

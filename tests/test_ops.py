@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from jaxpr_tools import all_equations
 from pallas_kernels import OPS, Case, ImplementationError, Op, attention, gated_activation, lora_linear, rms_norm
 from pallas_kernels import linear_cross_entropy as loss_op
 
+# For what is compared with, and for program transformations: most of these tests' time is LLVM's.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 EACH_CASE = [pytest.param(op, case, id=f"{op.name}: {case.name}") for op in OPS.values() for case in op.cases]
 EACH_CASE_AND_DTYPE = [
     pytest.param(op, case, dtype, id=f"{op.name}: {case.name}, {dtype.__name__}", marks=marks)
@@ -54,14 +57,20 @@ def random_like(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape).astype(leaf.dtype)), tree)
 
 
-def pulled_back(function: Callable[..., Any], arguments: dict[str, Any], rest: dict[str, Any], cotangents: Any) -> Any:
+def pulled_back(
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    rest: dict[str, Any],
+    cotangents: Any,
+    compiler_options: dict[str, int] | None = None,
+) -> Any:
     """(outputs, gradients by argument), jitted."""
 
     def run(arguments: dict[str, jax.Array], cotangents: Any) -> Any:
         out, pull_back = jax.vjp(lambda arguments: function(**arguments, **rest), arguments)
         return out, pull_back(cotangents)[0]
 
-    return jax.jit(run)(arguments, cotangents)
+    return jax.jit(run, compiler_options=compiler_options)(arguments, cotangents)
 
 
 def relative_error(got: jax.Array, want: jax.Array) -> float:
@@ -77,7 +86,9 @@ def test_value_and_gradients(op: Op, case: Case, dtype: Any) -> None:
     cotangents = random_like(jax.eval_shape(lambda arguments: op.reference(**arguments, **rest), arguments))
     with jax.enable_x64(True):
         reference = getattr(dense_references, op.name)
-        want_out, want_gradients = pulled_back(reference, *as_float64((arguments, rest, cotangents)))
+        want_out, want_gradients = pulled_back(
+            reference, *as_float64((arguments, rest, cotangents)), compiler_options=QUICK_COMPILE
+        )
     for name in supported(op, arguments | rest):
         out, gradients = pulled_back(op.implementations[name].function, arguments, rest, cotangents)
         errors = [*jax.tree.map(relative_error, jax.tree.leaves(out), jax.tree.leaves(want_out))]
@@ -97,9 +108,11 @@ def test_gradients_under_scan_checkpoint_and_vmap(op: Op, case: Case) -> None:
         return jax.lax.scan(lambda sum, one: (sum + jax.checkpoint(loss)(one), None), jnp.float32(0), stacked)[0]
 
     stacked = jax.tree.map(lambda x: np.stack([x, x[::-1]]), arguments)
-    one_by_one = [jax.jit(jax.grad(loss))(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(2)]
+    quick_jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    gradient = quick_jit(jax.grad(loss))
+    one_by_one = [gradient(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(2)]
     want = jax.tree.map(lambda *leaves: np.stack(leaves), *one_by_one)
-    for got in jax.jit(lambda stacked: (jax.grad(scanned)(stacked), jax.vmap(jax.grad(loss))(stacked)))(stacked):
+    for got in quick_jit(lambda stacked: (jax.grad(scanned)(stacked), jax.vmap(jax.grad(loss))(stacked)))(stacked):
         assert max(relative_error(got[name], want[name]) for name in want) <= op.tolerance(case, jnp.float32)
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+
 from jaxft import FastLanguageModel, lora, losses
 from jaxft.generate import generate
 from llama_cases import SMOLLM2_LEARNING_RATE, STEPS, probes, smollm2_adapter, smollm2_tokens
@@ -107,11 +108,11 @@ def test_unrolled_equals_scanned(adapted):
     assert max(relative_l2(unrolled[name], scanned[name]) for name in scanned) < 1e-5
 
 
-def test_nf4_learns_and_stays_close(smollm2_gguf):
-    """NF4 moves the loss a little, and a few steps lower it: the quantized path is the same model."""
+def test_nf4_starts_where_bitsandbytes_does_and_learns(smollm2_gguf):
+    """bitsandbytes rounds a few 8-bit absmax codes the other way (see test_nf4.py), which moves the loss by 4e-4."""
     model = FastLanguageModel.from_pretrained(smollm2_gguf, load_in_4bit=True)[0]
     FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
     tokens = np.asarray([REFERENCE["paragraph"]["input_ids"]])
-    found = losses_of_steps(model.decoder, plain_batch(tokens), 4, 2e-3)
-    assert abs(found[0] - REFERENCE["paragraph"]["mean_nll"]) < 0.3
-    assert found[-1] < found[0] - 0.1
+    first, *_, last = losses_of_steps(model.decoder, plain_batch(tokens), 3, 2e-3)
+    assert first == pytest.approx(REFERENCE["paragraph"]["nf4_mean_nll"], abs=1e-3)
+    assert last < first - 0.1

@@ -10,13 +10,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+
 from jaxft import lora, losses
 from jaxft.data.batch import Batch
 from jaxft.models import labels
+from jaxft.train.step import make_train_step
 from jaxpr_tools import all_avals, computed_avals, count_primitive, max_elements, residual_avals
 from models import batch_of, decoder_of, random_examples, with_adapter
-
-from jaxft.train.step import make_train_step
 
 DOCUMENTS = random_examples([9, 4, 12, 7, 16, 3, 8, 13])
 

@@ -20,7 +20,7 @@ IGNORED_FIELDS = frozenset(
         "torch_dtype", "transformers_version", "use_cache", "initializer_range", "name", "model_type",
         "is_llama_config", "rope_interleaved", "attn_implementation", "_attn_implementation_autoset", "unsloth_fixed",
         "unsloth_version", "id2label", "label2id", "task_specific_params", "chunk_size_feed_forward",
-        "output_attentions", "output_hidden_states", "return_dict", "problem_type",
+        "output_attentions", "output_hidden_states", "return_dict", "problem_type", "transformers.js_config",
     )
 )  # fmt: skip
 

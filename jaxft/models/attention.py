@@ -88,12 +88,14 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH = pk.rope(q_BTNH, k_BTKH, info.cos, info.sin)
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         if cache is None:
-            out_BTNH = pk.attention(q_BTNH, k_BTKH, v_BTKH, scale=scale, segment_ids=info.segment_ids,
-                                    sliding_window=facts.sliding_window)
+            out_BTNH = pk.attention(
+                q_BTNH, k_BTKH, v_BTKH, scale=scale, segment_ids=info.segment_ids, sliding_window=facts.sliding_window
+            )
         else:
             cache = cache.write(layer, k_BTKH, v_BTKH, info.positions)
-            out_BTNH = pk.cached_attention(q_BTNH, cache.k[layer], cache.v[layer], info.positions, scale=scale,
-                                           sliding_window=facts.sliding_window)
+            out_BTNH = pk.cached_attention(
+                q_BTNH, cache.k[layer], cache.v[layer], info.positions, scale=scale, sliding_window=facts.sliding_window
+            )
         return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1), dropout_key), cache
 
     def _heads(self, x: jax.Array, heads: int) -> jax.Array:

@@ -85,8 +85,16 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if not self.layer_types:
             object.__setattr__(self, "layer_types", ("full_attention",) * self.num_hidden_layers)
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 raise JaxftError(f"config field {name}", f"must be a positive integer, not {value!r}")
@@ -97,7 +105,9 @@ class DecoderConfig:
             )
         rotated = self.head_dim * self.rope.partial_rotary_factor
         if rotated != int(rotated) or int(rotated) % 2:
-            raise JaxftError("config field head_dim", f"RoPE rotates {rotated:g} of its values; it needs an even number")
+            raise JaxftError(
+                "config field head_dim", f"RoPE rotates {rotated:g} of its values; it needs an even number"
+            )
         if len(self.layer_types) != self.num_hidden_layers:
             raise JaxftError(
                 "config field layer_types",

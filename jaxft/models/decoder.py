@@ -18,9 +18,9 @@ from jax.typing import DTypeLike
 
 from jaxft.models.attention import Attention, KVCache, SequenceInfo
 from jaxft.models.config import DecoderConfig, LayerFacts
+from jaxft.models.labels import is_trainable
 from jaxft.models.layers import Embedding, Linear, RMSNorm, at_layer
 from jaxft.models.mlp import MLP
-from jaxft.models.labels import is_trainable
 from jaxft.models.remat import LAYER_INPUT, RematPolicy, rematerialise
 from jaxft.models.rope import rope_tables
 
@@ -154,8 +154,13 @@ class Decoder(nnx.Module):
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 logits [B, T, V] of hidden states. Losses use `pallas_kernels.linear_cross_entropy` instead."""
         precision = jax.lax.Precision.HIGHEST if hidden_BTD.dtype == jnp.float32 else None
-        return jnp.einsum("btd,vd->btv", hidden_BTD, self.head().astype(hidden_BTD.dtype), precision=precision,
-                          preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "btd,vd->btv",
+            hidden_BTD,
+            self.head().astype(hidden_BTD.dtype),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
 
     def _run(
         self,
@@ -216,5 +221,3 @@ def segment_positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.A
 def abstract_decoder(config: DecoderConfig, dtype: DTypeLike) -> Decoder:
     """A Decoder whose parameters are ShapeDtypeStructs: shapes and names without memory."""
     return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
-
-

@@ -56,8 +56,17 @@ class Linear(nnx.Module):
     `weight` [out, in] is an array or a QTensor; a stack of layers has a leading [L] on every parameter.
     """
 
-    def __init__(self, name: str, in_features: int, out_features: int, *, bias: bool, stack: tuple[int, ...],
-                 dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        stack: tuple[int, ...],
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.name = name
         self.in_features = in_features
         self.out_features = out_features
@@ -74,8 +83,13 @@ class Linear(nnx.Module):
         if self.lora_A is None or self.lora_B is None:
             return pk.lora_linear(x, self.weight.get_value(), bias)
         return pk.lora_linear(
-            x, self.weight.get_value(), bias, self.lora_A.get_value(), self.lora_B.get_value(),
-            scale=self.lora_scale, lora_x=self._dropped(x, dropout_key),
+            x,
+            self.weight.get_value(),
+            bias,
+            self.lora_A.get_value(),
+            self.lora_B.get_value(),
+            scale=self.lora_scale,
+            lora_x=self._dropped(x, dropout_key),
         )
 
     def _dropped(self, x: jax.Array, key: jax.Array | None) -> jax.Array:

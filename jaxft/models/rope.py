@@ -35,6 +35,10 @@ def _llama3(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
 
 def rope_tables(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [B, T, R/2], for int32 positions [B, T]."""
-    angles = jnp.einsum("bt,r->btr", positions.astype(jnp.float32), inverse_frequencies(rope, head_dim),
-                        precision=jax.lax.Precision.HIGHEST)
+    angles = jnp.einsum(
+        "bt,r->btr",
+        positions.astype(jnp.float32),
+        inverse_frequencies(rope, head_dim),
+        precision=jax.lax.Precision.HIGHEST,
+    )
     return jnp.cos(angles), jnp.sin(angles)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,8 +41,14 @@ class SFTConfig:
       gradient_accumulation_steps: micro-batches in a step.
       num_train_epochs: how often the data set is gone through; ignored when max_steps is positive.
       max_steps: end after so many steps, starting the data set again where needed.
-      learning_rate, lr_scheduler_type, warmup_steps, warmup_ratio: the schedule; warmup_steps wins where it is not 0.
-      weight_decay, adam_beta1, adam_beta2, adam_epsilon: of AdamW.
+      learning_rate: the highest of the schedule.
+      lr_scheduler_type: what the learning rate does after the warm-up.
+      warmup_steps: steps over which it rises from 0.
+      warmup_ratio: the same as a share of all steps, rounded up; ignored when warmup_steps is not 0.
+      weight_decay: of AdamW.
+      adam_beta1: decay of AdamW's mean of the gradients.
+      adam_beta2: decay of AdamW's mean of their squares.
+      adam_epsilon: added to AdamW's denominator.
       max_grad_norm: clip gradients by their global norm; 0 does not clip.
       logging_steps: log every so many steps.
       seed: of the order of the rows and of dropout.
@@ -72,6 +79,10 @@ class SFTConfig:
     max_seq_length: int | None = None
     assistant_only_loss: bool = True
     on_overlong: OnOverlong = "error"
+
+    def __post_init__(self) -> None:
+        if self.logging_steps < 1:
+            raise JaxftError("logging_steps", f"must be at least 1, not {self.logging_steps}")
 
 
 class _Micro(NamedTuple):
@@ -124,13 +135,26 @@ class SFTTrainer:
         schedule = optim.schedule(
             args.lr_scheduler_type, args.learning_rate, total_steps=total_steps, warmup_steps=self._warmup(total_steps)
         )
-        tx = optim.adamw(schedule, b1=args.adam_beta1, b2=args.adam_beta2, eps=args.adam_epsilon,
-                         weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm)
+        tx = optim.adamw(
+            schedule,
+            b1=args.adam_beta1,
+            b2=args.adam_beta2,
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            max_grad_norm=args.max_grad_norm,
+        )
         self._announce(loader, examples[0], total_steps)
         loss, batches = self._loss(loader)
         return trainer.run(
-            self.model.decoder, loss, tx, batches, total_steps=total_steps, schedule=schedule, output_dir=output_dir,
-            logging_steps=args.logging_steps, callbacks=self.callbacks,
+            self.model.decoder,
+            loss,
+            tx,
+            batches,
+            total_steps=total_steps,
+            schedule=schedule,
+            output_dir=output_dir,
+            logging_steps=args.logging_steps,
+            callbacks=self.callbacks,
         )
 
     def evaluate(self, dataset: Rows | None = None) -> dict[str, float]:
@@ -150,9 +174,13 @@ class SFTTrainer:
         if self.tokenizer is None:
             raise JaxftError("tokenizer", "the model has none", "Pass one to SFTTrainer")
         tokenized = tokenize_rows(
-            read_rows(rows, name), self.tokenizer, max_seq_length=self._max_seq_length,
-            assistant_only_loss=self.args.assistant_only_loss, on_overlong=self.args.on_overlong,
+            read_rows(rows, name),
+            self.tokenizer,
+            max_seq_length=self._max_seq_length,
+            assistant_only_loss=self.args.assistant_only_loss,
+            on_overlong=self.args.on_overlong,
         )
+        _check_vocabulary(tokenized.examples, self.model.decoder.config.vocab_size)
         console.console.print(f"{name}: {tokenized}", soft_wrap=True)
         return tokenized.examples
 
@@ -163,12 +191,17 @@ class SFTTrainer:
     def _loader(self, examples: Sequence[Example], epochs: int) -> BatchLoader:
         args = self.args
         return BatchLoader(
-            examples, batch_size=args.per_device_train_batch_size, accumulation=args.gradient_accumulation_steps,
-            max_seq_length=self._max_seq_length, packing=args.packing, seed=args.seed, epochs=epochs,
+            examples,
+            batch_size=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            max_seq_length=self._max_seq_length,
+            packing=args.packing,
+            seed=args.seed,
+            epochs=epochs,
         )
 
     def _warmup(self, total_steps: int) -> int:
-        return self.args.warmup_steps or int(self.args.warmup_ratio * total_steps)
+        return self.args.warmup_steps or math.ceil(self.args.warmup_ratio * total_steps)
 
     def _loss(self, loader: BatchLoader) -> tuple[Any, Iterable[Any]]:
         """The loss, and the batches that it takes: with a key for each micro-batch where there is dropout."""
@@ -195,6 +228,17 @@ class SFTTrainer:
         }
         console.console.print(console.table("fine-tuning", ("what", "value"), facts.items()))
         console.console.print("first row, trained tokens coloured:", preview(example, self.tokenizer), soft_wrap=True)
+
+
+def _check_vocabulary(examples: Sequence[Example], vocab_size: int) -> None:
+    """A token without an embedding would make every loss NaN."""
+    for example in examples:
+        if example.tokens.max() >= vocab_size:
+            raise JaxftError(
+                example.where,
+                f"has the token id {example.tokens.max()}, and the model has only {vocab_size} embeddings",
+                "Use the tokenizer that belongs to the model",
+            )
 
 
 @partial(jax.jit, static_argnames="graphdef")

@@ -88,7 +88,7 @@ def run(
     # The arrays are donated step by step: work on copies until the first step has made new ones.
     trainable = jax.tree.map(lambda leaf: leaf.copy(), trainable)
     kinds = {kind for kind in jax.tree.leaves(labels.labels(trainable))}
-    tx = optax.partition({kind: tx for kind in kinds}, labels.labels)
+    tx = optax.partition(dict.fromkeys(kinds, tx), labels.labels)
     opt_state = tx.init(trainable)
     step_function = make_train_step(graphdef, loss, tx)
     log = MetricsLog(output_dir / "metrics.jsonl")

@@ -3,7 +3,7 @@
     python tests/vectors/make_smollm2_reference.py
 
 Three questions and a story's beginning: their ids, the ten largest logits after them, up to 64 greedy tokens. And the
-mean negative log-likelihood of a paragraph.
+mean negative log-likelihood of a paragraph, also through bitsandbytes' NF4.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from transformers import AutoModelForCausalLM
 
 from converters.gguf_import import GGUFCheckpoint
@@ -31,6 +32,18 @@ PARAGRAPH = (
     " have recorded several mass bleaching events since 1998."
 )
 N_TOKENS = 64
+
+
+def mean_nll(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    return torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]).item()
+
+
+def through_nf4(model: torch.nn.Module) -> None:
+    """Every linear of the layers as bitsandbytes' double-quantized NF4 decodes it."""
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            packed, state = quantize_4bit(module.weight.data, quant_type="nf4", compress_statistics=True)
+            module.weight.data.copy_(dequantize_4bit(packed, state))
 
 
 def main() -> None:
@@ -55,8 +68,10 @@ def main() -> None:
             }
         )
     ids = torch.tensor([tokenizer(PARAGRAPH)["input_ids"]])
-    nll = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]).item()
-    reference = {"generations": rows, "paragraph": {"input_ids": ids[0].tolist(), "mean_nll": nll}}
+    paragraph = {"input_ids": ids[0].tolist(), "mean_nll": mean_nll(model, ids)}
+    through_nf4(model)
+    paragraph["nf4_mean_nll"] = mean_nll(model, ids)
+    reference = {"generations": rows, "paragraph": paragraph}
     Path(__file__).with_name("smollm2_reference.json").write_text(json.dumps(reference, indent=1) + "\n")
 
 
