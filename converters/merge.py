@@ -71,7 +71,8 @@ class MergedCheckpoint:
         return [] if info.shape == changed else [f"{module}.weight is {list(info.shape)}, not {list(changed)}"]
 
     def _factors(self, module: str) -> tuple[np.ndarray, np.ndarray]:
-        return tuple(self._adapter.tensors[f"{module}.lora_{part}.weight"].astype(np.float32) for part in "AB")
+        a, b = (self._adapter.tensors[f"{module}.lora_{part}.weight"].astype(np.float32) for part in "AB")
+        return a, b
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, merged where the adapter has a pair for it."""

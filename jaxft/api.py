@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from converters.peft_io import Adapter
 
 SaveMethod = Literal["merged", "merged_16bit"]
+BaseWeights = Literal["original", "loaded"]
 TokenIds = Sequence[Sequence[int]] | np.ndarray | jax.Array
 
 
@@ -130,7 +131,7 @@ class LanguageModel:
         if chat and not tokenizer.chat_template:
             raise JaxftError(self.name, "its tokenizer has no chat template", "Pass chat=False to continue plain text")
         if chat:
-            rows = [
+            rows: list[Any] = [
                 tokenizer.apply_chat_template(
                     [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
                 )
@@ -166,9 +167,9 @@ class LanguageModel:
         self,
         save_directory: str | Path,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        save_method: SaveMethod = "merged_16bit",
+        save_method: SaveMethod | str = "merged_16bit",
         *,
-        base: Literal["original", "loaded"] = "original",
+        base: BaseWeights | str = "original",
         overwrite: bool = False,
     ) -> Path:
         """Writes a Hugging Face checkpoint with the adapter merged in: W + scale * B A, one shard at a time.
@@ -197,7 +198,7 @@ class LanguageModel:
         tokenizer: PreTrainedTokenizerBase | None = None,
         quantization_method: str | Sequence[str] = "q8_0",
         *,
-        base: Literal["original", "loaded"] = "original",
+        base: BaseWeights | str = "original",
         overwrite: bool = False,
     ) -> list[Path]:
         """Writes the merged model as GGUF, one file for each quantization (f32, f16, bf16, q8_0).
@@ -224,7 +225,7 @@ class LanguageModel:
             )
         return make_adapter(self.lora_config, lora.adapter_tensors(self.decoder), base_model_name_or_path=self.name)
 
-    def _merged(self, base: Literal["original", "loaded"]) -> Checkpoint:
+    def _merged(self, base: BaseWeights | str) -> Checkpoint:
         from converters.merge import DecoderCheckpoint, MergedCheckpoint
 
         if base not in ("original", "loaded"):
@@ -281,7 +282,7 @@ class FastLanguageModel:
         target_modules: Sequence[str] = lora.ALL_LINEAR,
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
-        bias: Literal["none"] = "none",
+        bias: str = "none",
         use_gradient_checkpointing: str | bool = "offload",
         random_state: int = 3407,
         use_rslora: bool = False,

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): attach them, mask optimizers, read and write them by PEFT's names.
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): attach them, mask optimizers, name their tensors as PEFT does.
 
 A linear with an adapter computes W x + scale * B A x, where A is [r, in], B is [out, r] and scale = lora_alpha / r
 (lora_alpha / sqrt(r) with rsLoRA, arXiv:2312.03732). A starts uniform in +-1/sqrt(in), as PEFT's does, and B at zero.

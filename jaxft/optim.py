@@ -11,7 +11,7 @@ from jaxft.errors import JaxftError
 Scheduler = Literal["linear", "cosine", "constant"]
 
 
-def schedule(kind: Scheduler, learning_rate: float, *, total_steps: int, warmup_steps: int) -> optax.Schedule:
+def schedule(kind: Scheduler | str, learning_rate: float, *, total_steps: int, warmup_steps: int) -> optax.Schedule:
     """Learning rate by step: linear from 0 over `warmup_steps`, then down to 0 at `total_steps` (or constant).
 
     Raises:
@@ -42,6 +42,6 @@ def adamw(
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) after clipping by the global norm (None or 0: no clipping)."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) after clipping by the global norm (None or 0: none)."""
     update = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), update) if max_grad_norm else update

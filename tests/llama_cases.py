@@ -1,4 +1,4 @@
-"""Inputs that our tests and the torch scripts under vectors/ make alike, from numpy seeds: configs, tokens, adapters."""
+"""Inputs that our tests and the torch scripts in vectors/ make alike from numpy seeds: configs, tokens, adapters."""
 
 from __future__ import annotations
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from converters.archs import arch_of
 from jaxft import lora
@@ -41,6 +43,17 @@ def with_adapter(
     lora.attach(decoder, lora.LoraConfig(r=rank, lora_alpha=alpha, **settings), key=jax.random.key(0))
     lora.load_adapter_tensors(decoder, adapter(hf_config() if hf is None else hf, rank))
     return decoder
+
+
+def hidden_states(decoder: Decoder, tokens: Any, **kwargs: Any) -> jax.Array:
+    """``decoder(tokens, **kwargs)``, jitted: run eagerly, a scan compiles at every call."""
+    graphdef, params = nnx.split(decoder)
+    return _hidden_states(graphdef, params, jnp.asarray(tokens, jnp.int32), kwargs)
+
+
+@partial(jax.jit, static_argnums=0)
+def _hidden_states(graphdef: Any, params: Any, tokens: jax.Array, kwargs: dict[str, Any]) -> jax.Array:
+    return nnx.merge(graphdef, params)(tokens, **kwargs)
 
 
 def random_examples(lengths: list[int], vocab_size: int = 300, seed: int = 3) -> list[Example]:

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
+
+import jax
 
 README = Path(__file__).parent.parent / "README.md"
 
 
 def code_blocks(heading: str, language: str) -> list[str]:
     """The fenced blocks of one language under a heading of the README, in order; there must be at least one."""
-    (section,) = re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", README.read_text(), re.DOTALL | re.MULTILINE)
+    (section,) = re.findall(
+        rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", README.read_text(), re.DOTALL | re.MULTILINE
+    )
     blocks = re.findall(rf"^```{language}\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     assert blocks, f"no {language} block under {heading!r}"
     return blocks
+
+
+@contextlib.contextmanager
+def compiling_quickly() -> Iterator[None]:
+    """Leaves most of XLA's optimizations out: for tests of whether programs run, not of what they compute how fast."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)

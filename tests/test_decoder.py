@@ -17,7 +17,7 @@ from jaxft.models.config import DecoderConfig, LayerFacts, RopeConfig
 from jaxft.models.decoder import Decoder, KVCache, Segment, segment_positions, segments
 from jaxft.models.rope import inverse_frequencies
 from llama_cases import CASES, case_config, case_tokens
-from models import decoder_of, random_examples
+from models import decoder_of, hidden_states, random_examples
 from tiny import hf_config, random_tensors
 
 VECTORS = Path(__file__).parent / "vectors" / "llama.safetensors"
@@ -133,13 +133,13 @@ def test_layers_become_few_scans(pattern, expected):
 def test_mixed_layers_scanned_equal_unrolled_and_cached(pattern):
     decoder = Decoder(with_windows(pattern), rngs=nnx.Rngs(1))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 11)), jnp.int32)
-    scanned = decoder(tokens)
+    scanned = hidden_states(decoder, tokens)
     decoder.unroll = True
-    np.testing.assert_allclose(scanned, decoder(tokens), atol=1e-5)
+    np.testing.assert_allclose(scanned, hidden_states(decoder, tokens), atol=1e-5)
     decoder.unroll = False
     np.testing.assert_allclose(scanned, through_cache(decoder, tokens, prefill=3), atol=1e-5)
     full = Decoder(with_windows("f" * len(pattern)), rngs=nnx.Rngs(1))
-    assert np.abs(full(tokens) - scanned).max() > 1e-3, "the window does nothing"
+    assert np.abs(hidden_states(full, tokens) - scanned).max() > 1e-3, "the window does nothing"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -147,17 +147,21 @@ def test_cached_steps_equal_the_whole_forward(case):
     config = case_config(case)
     decoder = decoder_of(config)
     tokens = jnp.asarray(case_tokens(config), jnp.int32)
-    np.testing.assert_allclose(through_cache(decoder, tokens, prefill=5), decoder(tokens), atol=2e-5, rtol=2e-5)
+    np.testing.assert_allclose(
+        through_cache(decoder, tokens, prefill=5), hidden_states(decoder, tokens), atol=2e-5, rtol=2e-5
+    )
 
 
 def through_cache(decoder: Decoder, tokens: jax.Array, prefill: int) -> jax.Array:
     """Hidden states of a prefill of `prefill` tokens followed by steps of one."""
     batch, length = tokens.shape
+    graphdef, params = nnx.split(decoder)
+    extend = jax.jit(lambda params, *args: nnx.merge(graphdef, params).extend(*args))
     cache = KVCache.zeros(decoder.config, batch, length, jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
     parts = []
     for start, stop in [(0, prefill), *((i, i + 1) for i in range(prefill, length))]:
-        hidden, cache = decoder.extend(tokens[:, start:stop], positions[:, start:stop], cache)
+        hidden, cache = extend(params, tokens[:, start:stop], positions[:, start:stop], cache)
         parts.append(hidden)
     return jnp.concatenate(parts, axis=1)
 

@@ -17,7 +17,7 @@ from jaxft.errors import JaxftError
 from jaxft.models import labels
 from jaxft.train.step import make_train_step
 from llama_cases import CASES, STEPS, adapter, case_config, case_tokens
-from models import decoder_of, plain_batch, relative_l2, with_adapter
+from models import decoder_of, hidden_states, plain_batch, relative_l2, with_adapter
 from tiny import hf_config
 
 VECTORS = Path(__file__).parent / "vectors" / "llama.safetensors"
@@ -124,9 +124,9 @@ def test_the_train_step_moves_adapters_only():
 def test_a_fresh_adapter_changes_nothing_and_starts_as_pefts():
     decoder = decoder_of()
     tokens = jnp.asarray(case_tokens(hf_config()), jnp.int32)
-    base = decoder(tokens)
+    base = hidden_states(decoder, tokens)
     lora.attach(decoder, lora.LoraConfig(r=8, lora_alpha=32), key=jax.random.key(1))
-    np.testing.assert_array_equal(decoder(tokens), base)
+    np.testing.assert_array_equal(hidden_states(decoder, tokens), base)
     a = decoder.model.layers.mlp.down_proj.lora_A.get_value()
     bound = 1 / np.sqrt(160)
     assert 0.9 * bound < np.abs(a).max() <= bound
@@ -147,9 +147,9 @@ def test_adapter_tensors_round_trip_by_peft_names():
 def test_dropout_needs_a_key_and_keeps_the_mean():
     decoder = with_adapter(decoder_of(), lora_dropout=0.5)
     tokens = jnp.asarray(case_tokens(hf_config()), jnp.int32)
-    plain = decoder(tokens)
-    np.testing.assert_array_equal(plain, with_adapter(decoder_of())(tokens))
-    one, two, again = (decoder(tokens, dropout_key=jax.random.key(seed)) for seed in (1, 2, 1))
+    plain = hidden_states(decoder, tokens)
+    np.testing.assert_array_equal(plain, hidden_states(with_adapter(decoder_of()), tokens))
+    one, two, again = (hidden_states(decoder, tokens, dropout_key=jax.random.key(seed)) for seed in (1, 2, 1))
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - two).max() > 1e-3
     linear = decoder.model.layers.mlp.up_proj

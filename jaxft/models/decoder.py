@@ -1,4 +1,4 @@
-"""The decoder: embedding, a scan over layers, a final norm. Tokens in, hidden states out; `logits` is a step of its own.
+"""The decoder: embedding, a scan over layers, a final norm. Tokens in, hidden states out; `logits` is its own step.
 
 One class for every architecture: what differs is data in `DecoderConfig`. Parameter paths are the Hugging Face names,
 with the layers stacked: ``model.layers.self_attn.q_proj.weight`` is [L, out, in].
@@ -8,6 +8,7 @@ Shape letters: B rows, T tokens, D hidden_size, L layers, V vocab_size (docs of 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -193,9 +194,7 @@ class Decoder(nnx.Module):
         def body(carry, inputs):
             layers, trainable_layers = inputs
             for i, facts in enumerate(segment.pattern):
-                run = rematerialise(
-                    lambda *args, facts=facts: run_block(*args, facts), self.remat, in_scan=not self.unroll
-                )
+                run = rematerialise(partial(run_block, facts=facts), self.remat, in_scan=not self.unroll)
                 one = jax.tree.map(lambda leaf, i=i: leaf[i], trainable_layers)
                 carry = run(*carry, one, layers[i])
             return carry, None

@@ -54,7 +54,8 @@ def set_trainable(decoder: nnx.Module, kinds: Collection[Kind]) -> None:
 
 def split(decoder: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(graphdef, trainable, frozen): what a train step takes apart once and merges inside."""
-    return nnx.split(decoder, is_trainable, ...)
+    graphdef, trainable, frozen = nnx.split(decoder, is_trainable, ...)
+    return graphdef, trainable, frozen
 
 
 def labels(params: nnx.State) -> Any:

@@ -1,12 +1,12 @@
 """Between tensors under Hugging Face names, one a layer, and a decoder's parameters, stacked over layers.
 
 A parameter path is the HF name without the layer's number: ``model.layers.mlp.up_proj.weight`` [L, out, in] holds
-``model.layers.{i}.mlp.up_proj.weight`` [out, in]. Stacking happens in `stack` and unstacking in `unstack`, nowhere else.
+``model.layers.{i}.mlp.up_proj.weight`` [out, in]. Stacking happens in `stack`, unstacking in `unstack`, nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,19 +42,19 @@ def parameters(decoder: Decoder) -> list[tuple[tuple[Any, ...], nnx.Variable]]:
     return list(nnx.to_flat_state(nnx.state(decoder)))
 
 
-def stack(values: Sequence[jax.Array | QTensor]) -> jax.Array | QTensor:
-    """The layers' values as one with a leading [L]."""
+def stack(values: list[Any]) -> Any:
+    """The layers' values, all arrays or all QTensors, as one with a leading [L]."""
     first = values[0]
     return first.stack(values) if isinstance(first, QTensor) else jnp.stack(values)
 
 
-def unstack(value: jax.Array | QTensor) -> list[jax.Array | QTensor]:
+def unstack(value: Any) -> list[Any]:
     """The inverse of `stack`."""
     return value.unstack() if isinstance(value, QTensor) else list(value)
 
 
 def expected_tensors(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """HF name -> shape of every tensor that a checkpoint of this config must hold, one a layer, in the model's order."""
+    """HF name -> shape of every tensor that a checkpoint of this config must hold, in the model's order."""
     found: dict[str, tuple[int, ...]] = {}
     for path, variable in parameters(abstract_decoder(config, jnp.float32)):
         shape = variable.get_value().shape
@@ -104,7 +104,8 @@ class TensorView(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape, without the stack's leading [L]."""
-        return tuple(self.value.shape) if self.layer is None else tuple(self.value.shape[-2:])
+        whole = self.layer is None or isinstance(self.value, QTensor)  # a stack of QTensors has one weight's shape
+        return tuple(self.value.shape if whole else self.value.shape[1:])
 
     def read(self) -> np.ndarray:
         """The values on the host; a quantized weight comes dequantized, in float32."""

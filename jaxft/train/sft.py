@@ -171,11 +171,9 @@ class SFTTrainer:
     def _examples(self, rows: Rows | None, name: str) -> list[Example]:
         if rows is None:
             raise JaxftError(name, "is missing")
-        if self.tokenizer is None:
-            raise JaxftError("tokenizer", "the model has none", "Pass one to SFTTrainer")
         tokenized = tokenize_rows(
             read_rows(rows, name),
-            self.tokenizer,
+            self._required_tokenizer(),
             max_seq_length=self._max_seq_length,
             assistant_only_loss=self.args.assistant_only_loss,
             on_overlong=self.args.on_overlong,
@@ -183,6 +181,11 @@ class SFTTrainer:
         _check_vocabulary(tokenized.examples, self.model.decoder.config.vocab_size)
         console.console.print(f"{name}: {tokenized}", soft_wrap=True)
         return tokenized.examples
+
+    def _required_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise JaxftError("tokenizer", "the model has none", "Pass one to SFTTrainer")
+        return self.tokenizer
 
     @property
     def _max_seq_length(self) -> int:
@@ -227,7 +230,9 @@ class SFTTrainer:
             "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
         }
         console.console.print(console.table("fine-tuning", ("what", "value"), facts.items()))
-        console.console.print("first row, trained tokens coloured:", preview(example, self.tokenizer), soft_wrap=True)
+        console.console.print(
+            "first row, trained tokens coloured:", preview(example, self._required_tokenizer()), soft_wrap=True
+        )
 
 
 def _check_vocabulary(examples: Sequence[Example], vocab_size: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 
@@ -87,7 +88,7 @@ def run(
         raise JaxftError("train", "nothing in the model is trainable", "Call get_peft_model first")
     # The arrays are donated step by step: work on copies until the first step has made new ones.
     trainable = jax.tree.map(lambda leaf: leaf.copy(), trainable)
-    kinds = {kind for kind in jax.tree.leaves(labels.labels(trainable))}
+    kinds = set(jax.tree.leaves(labels.labels(trainable)))
     tx = optax.partition(dict.fromkeys(kinds, tx), labels.labels)
     opt_state = tx.init(trainable)
     step_function = make_train_step(graphdef, loss, tx)
@@ -102,7 +103,7 @@ def run(
                 trainable, opt_state, metrics = step_function(trainable, frozen, opt_state, batch)
                 row = None
                 if step % logging_steps == 0 or step + 1 == total_steps:
-                    row = clock.row(step + 1, metrics, float(schedule(step)))
+                    row = clock.row(step + 1, metrics, float(np.asarray(schedule(step))))
                     rows.append(row)
                     log.write(row)
                 step += 1

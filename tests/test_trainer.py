@@ -1,0 +1,333 @@
+"""SFTTrainer: what a run does, leaves on disk, hands to callbacks and gives back however it ends, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxft import FastLanguageModel, LanguageModel, SFTConfig, SFTTrainer
+from jaxft.data.chat import tokenize_row
+from jaxft.data.formats import read_rows
+from jaxft.errors import JaxftError
+from jaxft.train.trainer import TrainResult, TrainState
+from language_models import adapter_of, loaded, logits_of, sums
+from models import relative_l2
+
+ROWS = sums(8)
+KEYS = {"step", "loss", "weight", "tokens", "grad_norm", "learning_rate", "step_time_s", "tokens/s"}
+# One shape and one schedule for most runs, so that they compile one program.
+SETTINGS = SFTConfig(max_seq_length=64, max_steps=4, learning_rate=3e-3, warmup_ratio=0.3, packing=False)
+
+
+@pytest.fixture
+def model(tiny_hf_dir: Path) -> LanguageModel:
+    """With a fresh adapter."""
+    return fresh(tiny_hf_dir)
+
+
+def fresh(folder: Path, **settings: Any) -> LanguageModel:
+    model = loaded(folder)
+    return FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False, **settings)
+
+
+def train(
+    model: LanguageModel, output_dir: Path, rows: Any = ROWS, callbacks: Any = (), **settings: Any
+) -> TrainResult:
+    args = dataclasses.replace(SETTINGS, output_dir=str(output_dir), **settings)
+    return SFTTrainer(model, train_dataset=rows, args=args, callbacks=callbacks).train()
+
+
+def assert_valid_and_changed(model: LanguageModel) -> None:
+    """The adapter's values can be read, are finite, and B is no longer zero."""
+    values = adapter_of(model)
+    assert all(np.isfinite(array).all() for array in values.values())
+    assert all(array.any() for name, array in values.items())
+    assert np.isfinite(logits_of(model)).all()
+
+
+def test_a_run(model: LanguageModel, tmp_path: Path):
+    """Learns, logs, plots, and hands callbacks the arrays that it ends with."""
+    states: list[tuple[int, dict[str, Any] | None, dict[str, np.ndarray]]] = []
+
+    def note(state: TrainState) -> None:
+        now = dataclasses.replace(model, decoder=state.decoder)
+        states.append((state.step, state.metrics, adapter_of(now)))
+
+    before = SFTTrainer(model, args=SETTINGS).evaluate(ROWS)["eval_loss"]
+    result = train(model, tmp_path / "out", callbacks=[note], logging_steps=3)
+    after = SFTTrainer(model, args=SETTINGS).evaluate(ROWS)["eval_loss"]
+    assert after < before - 0.1
+    assert (result.steps, result.interrupted) == (4, False)
+
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert rows == result.rows
+    assert [row["step"] for row in rows] == [1, 4]  # every third, the first and the last
+    assert all(set(row) == KEYS for row in rows)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert rows[0]["loss"] == pytest.approx(before, abs=0.5)
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["loss.png", "metrics.jsonl"]
+
+    assert [step for step, _, _ in states] == [1, 2, 3, 4]
+    assert [metrics for _, metrics, _ in states] == [rows[0], None, None, rows[1]]
+    final = adapter_of(model)
+    for (_, _, earlier), (_, _, later) in zip(states[1:-1], states[2:], strict=True):
+        assert all((earlier[name] != later[name]).any() for name in final)
+    for name, array in states[-1][2].items():
+        np.testing.assert_array_equal(final[name], array)
+
+
+def test_steps_epochs_and_the_learning_rate(model: LanguageModel, tmp_path: Path):
+    """8 documents in rows of their own, 2 a batch: an epoch is 4 steps, and its warm-up 2, rounded up from 1.2."""
+    result = train(model, tmp_path / "epoch", max_steps=-1)
+    assert [row["step"] for row in result.rows] == [1, 2, 3, 4]
+    rates = [row["learning_rate"] for row in result.rows]
+    np.testing.assert_allclose(rates, [0, 1.5e-3, 3e-3, 1.5e-3], rtol=1e-6)
+    # The same seed and settings give the same run, step by step.
+    again = train(fresh(Path(model.name)), tmp_path / "again", max_steps=4)
+    assert [row["loss"] for row in again.rows] == [row["loss"] for row in result.rows]
+
+
+def test_more_steps_than_an_epoch_start_again(model: LanguageModel, tmp_path: Path):
+    result = train(model, tmp_path / "out", max_steps=5, warmup_ratio=0.0, lr_scheduler_type="constant")
+    assert result.steps == 5
+    assert {row["learning_rate"] for row in result.rows} == {pytest.approx(3e-3)}
+
+
+def test_an_exception_in_a_callback(model: LanguageModel, tmp_path: Path):
+    seen: dict[str, np.ndarray] = {}
+
+    def fail(state: TrainState) -> None:
+        if state.step == 3:
+            seen.update(adapter_of(dataclasses.replace(model, decoder=state.decoder)))
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        train(model, tmp_path / "out", callbacks=[fail])
+    assert_valid_and_changed(model)
+    for name, array in adapter_of(model).items():
+        np.testing.assert_array_equal(array, seen[name])
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_one_interrupt_ends_a_run_and_two_end_it_at_once(model: LanguageModel, tmp_path: Path):
+    def interrupt(state: TrainState) -> None:
+        if state.step >= 2:
+            signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    result = train(model, tmp_path / "one", callbacks=[interrupt])
+    assert (result.steps, result.interrupted) == (2, True)
+    assert [row["step"] for row in result.rows] == [1, 2]
+    assert (tmp_path / "one" / "loss.png").is_file()
+    assert_valid_and_changed(model)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, tmp_path / "two", callbacks=[interrupt, interrupt])
+    assert_valid_and_changed(model)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+INTERRUPTED = """
+import json, sys
+import numpy as np
+from jaxft import FastLanguageModel, SFTConfig, SFTTrainer, lora
+
+folder, output_dir = sys.argv[1:]
+model, _ = FastLanguageModel.from_pretrained(folder, load_in_4bit=False)
+FastLanguageModel.get_peft_model(model, r=4)
+rows = [{"prompt": "What is 2", "completion": " plus 3?"}] * 4
+args = SFTConfig(output_dir=output_dir, max_seq_length=32, max_steps=1_000_000)
+result = SFTTrainer(model, train_dataset=rows, args=args).train()
+values = lora.adapter_tensors(model.decoder).values()
+print(json.dumps({
+    "interrupted": result.interrupted,
+    "steps": result.steps,
+    "finite": all(np.isfinite(v).all().item() for v in values),
+    "changed": all(v.any().item() for v in values),
+}))
+"""
+
+
+def test_ctrl_c_in_a_process(tiny_hf_dir: Path, tmp_path: Path):
+    """SIGINT from outside, at whatever moment of a step: the model is whole and the process goes on."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(tiny_hf_dir), str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    with process:
+        try:
+            log, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 120
+            while not (log.exists() and log.read_text().count("\n") > 3):
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0, err
+    found = json.loads(out)
+    assert found == {"interrupted": True, "steps": found["steps"], "finite": True, "changed": True}
+    assert found["steps"] == len(log.read_text().splitlines()) >= 4
+    assert "stopping after this step (Ctrl-C again to stop at once)" in err
+
+
+def test_packing_and_accumulation_change_nothing(tiny_hf_dir: Path, tmp_path: Path):
+    """One step over all rows, alone, packed, and as micro-batches. A large epsilon makes AdamW linear in the gradient,
+    which it would otherwise only take the sign of."""
+    layouts = {
+        "alone": {"packing": False, "per_device_train_batch_size": 8},
+        "packed": {"packing": True, "per_device_train_batch_size": 4},
+        "accumulated": {"packing": False, "gradient_accumulation_steps": 4},
+    }
+    found = {}
+    for name, layout in layouts.items():
+        model = fresh(tiny_hf_dir)
+        settings = {"max_steps": -1, "warmup_ratio": 0.0, "adam_epsilon": 1.0, "max_grad_norm": 0.0}
+        (row,) = train(model, tmp_path / name, **settings, **layout).rows
+        found[name] = row, {n: array for n, array in adapter_of(model).items() if "lora_B" in n}
+    row, values = found.pop("alone")
+    for other, others in found.values():
+        for key in ("loss", "grad_norm", "weight", "tokens"):
+            assert other[key] == pytest.approx(row[key], rel=1e-5)
+        assert max(relative_l2(others[name], array) for name, array in values.items()) < 1e-5
+
+
+def test_dropout(tiny_hf_dir: Path, tmp_path: Path):
+    """Differs from no dropout once B is not zero, in the same way for the same seed; never in evaluation."""
+    found: list[list[float]] = []
+    for i, (dropout, seed) in enumerate([(0.5, 1), (0.5, 1), (0.5, 2)]):
+        model = fresh(tiny_hf_dir, lora_dropout=dropout)
+        result = train(model, tmp_path / str(i), rows=ROWS[:2], seed=seed)
+        found.append([row["loss"] for row in result.rows])
+    assert found[0] == found[1]
+    assert found[0][:2] == pytest.approx(found[2][:2], rel=1e-6)  # B is zero, then the first rate
+    assert found[0][2:] != pytest.approx(found[2][2:], rel=1e-3)
+    evaluated = [SFTTrainer(model, args=SETTINGS).evaluate(ROWS) for _ in range(2)]
+    assert evaluated[0] == evaluated[1]
+
+
+def direct_loss(model: LanguageModel, rows: list[dict[str, Any]]) -> tuple[float, int]:
+    """Mean -log p of the trained tokens, one row at a time in numpy, and how many there are."""
+    total, count = 0.0, 0
+    for row in read_rows(rows):
+        _, tokens, mask = tokenize_row(row, model.tokenizer)
+        padded = np.pad(tokens, (0, 64 - len(tokens)))
+        logits = logits_of(model, padded[None])[0, : len(tokens) - 1].astype(np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        total -= log_p[np.arange(len(tokens) - 1), tokens[1:]][mask[1:]].sum()
+        count += int(mask[1:].sum())
+    return total / count, count
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_evaluate_equals_a_direct_computation(model: LanguageModel, packing: bool):
+    args = dataclasses.replace(SETTINGS, packing=packing)
+    found = SFTTrainer(model, args=args, eval_dataset=ROWS[:5]).evaluate()
+    loss, count = direct_loss(model, ROWS[:5])
+    assert found == {"eval_loss": pytest.approx(loss, rel=1e-5), "eval_tokens": count}
+
+
+LONG = [*ROWS[:2], {"prompt": "The answer ", "completion": "is the sum of numbers " * 12}]
+
+
+def test_overlong_rows(model: LanguageModel):
+    def evaluated(rows: Any, on_overlong: Any) -> dict[str, float]:
+        return SFTTrainer(model, args=dataclasses.replace(SETTINGS, on_overlong=on_overlong)).evaluate(rows)
+
+    with pytest.raises(JaxftError, match=r"eval_dataset row 3: has \d+ tokens; max_seq_length is 64"):
+        evaluated(LONG, "error")
+    assert evaluated(LONG, "drop") == evaluated(LONG[:2], "error")
+    assert evaluated(LONG, "truncate")["eval_tokens"] > evaluated(LONG, "drop")["eval_tokens"] + 40
+    with pytest.raises(JaxftError, match="nothing to train on: every row was dropped as too long"):
+        evaluated(LONG[2:], "drop")
+    with pytest.raises(JaxftError, match="on_overlong: is 'cut'"):
+        evaluated(LONG, "cut")
+
+
+QUESTION = {"messages": [{"role": "user", "content": "What is 2 plus 3?"}]}
+BAD_ROWS: dict[str, tuple[Any, str]] = {
+    "no rows": ([], "train_dataset: has no rows"),
+    "other keys": ([ROWS[0], {"question": "2?", "answer": "3"}], r"train_dataset row 2: has the keys \['answer', 'que"),
+    "wrong type": ([{"prompt": "a", "completion": 3}], "train_dataset row 1: 'completion' is a number"),
+    "unknown role": ([{"messages": [{"role": "robot", "content": ""}]}], r"row 1, messages\[0\]: has the unknown role"),
+    "all masked": ([ROWS[0], QUESTION], "train_dataset row 2: has every label masked"),
+    "too long": (LONG, r"train_dataset row 3: has \d+ tokens; max_seq_length is 64"),
+    "none": (None, "train_dataset: is missing"),
+    "no such file": ("rows.jsonl", "rows.jsonl: does not exist"),
+    "other file": ("rows.csv", "rows.csv: is not a known kind of data file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows(case: str, model: LanguageModel, tmp_path: Path):
+    rows, words = BAD_ROWS[case]
+    with pytest.raises(JaxftError, match=words):
+        train(model, tmp_path / "out", rows=rows)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_file_names_its_line(model: LanguageModel, tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n\n" + '{"text": 1}\n')
+    with pytest.raises(JaxftError, match=r"rows\.jsonl row 3: 'text' is a number"):
+        train(model, tmp_path / "out", rows=path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"logging_steps": 0}, "logging_steps: must be at least 1"),
+        ({"per_device_train_batch_size": 0}, "batch_size: must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "accumulation: must be at least 1"),
+        ({"num_train_epochs": 0, "max_steps": -1}, "epochs: must be at least 1"),
+        ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type: 'polynomial' is not known"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], words: str, model: LanguageModel, tmp_path: Path):
+    with pytest.raises(JaxftError, match=words):
+        train(model, tmp_path / "out", **settings)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_bad_models(tiny_hf_dir: Path, make_tiny_hf: Callable[..., Path], model: LanguageModel, tmp_path: Path):
+    out = tmp_path / "out"
+    with pytest.raises(JaxftError, match=r"nothing in the model is trainable. Call get_peft_model first"):
+        train(loaded(tiny_hf_dir), out)
+    bare = fresh(make_tiny_hf(tmp_path / "bare", with_tokenizer=False))
+    with pytest.raises(JaxftError, match=r"tokenizer: the model has none. Pass one to SFTTrainer"):
+        train(bare, out)
+    assert SFTTrainer(bare, model.tokenizer, args=SETTINGS).evaluate(ROWS)["eval_tokens"] > 0
+    small = fresh(make_tiny_hf(tmp_path / "small", with_tokenizer=False, vocab_size=100))
+    with pytest.raises(JaxftError, match=r"row 1: has the token id \d+, and the model has only 100 embeddings"):
+        SFTTrainer(small, model.tokenizer, args=SETTINGS).evaluate(ROWS)
+    model.tokenizer.chat_template = None
+    with pytest.raises(JaxftError, match="train_dataset row 1: has messages, but the tokenizer has no chat template"):
+        train(model, out)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_bad_output_folders(model: LanguageModel, tmp_path: Path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("mine")
+    for name, words in (("file", "is a file"), ("file/out", "cannot be written to"), ("full", "is not empty")):
+        with pytest.raises(JaxftError, match=f"{name}: {words}"):
+            train(model, tmp_path / name)
+    assert {path.name for path in tmp_path.rglob("*")} == {"file", "full", "notes"}
+    assert not any(array.any() for name, array in adapter_of(model).items() if "lora_B" in name), "trained all the same"
+    assert jax.tree.leaves(adapter_of(model))
