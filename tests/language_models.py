@@ -21,12 +21,16 @@ def loaded(path: Path | str, load_in_4bit: bool = False, **settings: Any) -> Lan
     return FastLanguageModel.from_pretrained(path, load_in_4bit=load_in_4bit, **settings)[0]
 
 
-def adapted(path: Path | str, tensors: dict[str, np.ndarray] | None = None, **settings: Any) -> LanguageModel:
-    """The model with an adapter of non-zero values (None: those of the tiny cases)."""
-    model = loaded(path, **settings)
-    lora.attach(model.decoder, CONFIG, key=jax.random.key(0))
-    lora.load_adapter_tensors(model.decoder, adapter(hf_config(), RANK) if tensors is None else tensors)
-    model.lora_config = CONFIG
+def adapted(path: Path | str, **settings: Any) -> LanguageModel:
+    """The tiny model with the non-zero adapter of the cases."""
+    return with_values(loaded(path, **settings), CONFIG, adapter(hf_config(), RANK))
+
+
+def with_values(model: LanguageModel, config: lora.LoraConfig, tensors: dict[str, np.ndarray]) -> LanguageModel:
+    """`model` with an adapter of these values."""
+    lora.attach(model.decoder, config, key=jax.random.key(0))
+    lora.load_adapter_tensors(model.decoder, tensors)
+    model.lora_config = config
     return model
 
 

@@ -71,14 +71,13 @@ def test_the_same_model_from_other_formats(convert, base: LanguageModel, tiny_hf
     assert [tokenizer(text)["input_ids"] for text in PROMPTS] == [base.tokenizer(text)["input_ids"] for text in PROMPTS]
 
 
-def test_4bit_is_the_default_and_quantizes_linears_only(base: LanguageModel, tiny_hf_dir: Path):
+def test_4bit_is_the_default_and_quantizes_linears_only(tiny_hf_dir: Path):
     model, _ = FastLanguageModel.from_pretrained(tiny_hf_dir, max_seq_length=77)
     assert model.max_seq_length == 77
     layers = model.decoder.model.layers
     assert isinstance(layers.mlp.up_proj.weight.get_value(), NF4Tensor)
     for module in (layers.input_layernorm, model.decoder.model.embed_tokens, model.decoder.lm_head):
         assert module.weight.get_value().dtype == jnp.float32
-    assert 0.01 < rms(logits_of(model), logits_of(base)) < 0.5
     assert loaded(tiny_hf_dir, dtype="bfloat16").decoder.model.embed_tokens.weight.get_value().dtype == jnp.bfloat16
 
 
@@ -108,7 +107,8 @@ def test_adapters_bring_their_base(model: LanguageModel, expected: np.ndarray, t
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [(None, "base_model_name_or_path: is missing"), ("/no/such/folder", "/no/such/folder: does not")]
+    ("value", "words"),
+    [(None, "base_model_name_or_path: is missing"), ("/no/such/folder", "/no/such/folder: does not")],
 )
 def test_adapters_without_a_base(model: LanguageModel, tmp_path: Path, value: str | None, words: str):
     path = model.save_pretrained(tmp_path / "adapter") / "adapter_config.json"
@@ -122,7 +122,7 @@ def test_adapters_without_a_base(model: LanguageModel, tmp_path: Path, value: st
 
 @pytest.mark.parametrize(
     ("spelling", "remat"),
-    [("unsloth", "offload"), ("offload", "offload"), (True, "full"), ("full", "full"), (False, "none"), ("none", "none")],
+    [("unsloth", "offload"), ("offload", "offload"), (True, "full"), ("full", "full"), (False, "none")],
 )
 def test_get_peft_model(tiny_hf_dir: Path, base: LanguageModel, spelling: str | bool, remat: str):
     model = loaded(tiny_hf_dir)
@@ -147,7 +147,7 @@ def test_random_state_and_targets(tiny_hf_dir: Path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"use_gradient_checkpointing": "some"}, "use_gradient_checkpointing: 'some' is not known.*none, full, offload"),
+        ({"use_gradient_checkpointing": "some"}, "checkpointing: 'some' is not known.*none, full, offload"),
         ({"bias": "all"}, "bias: 'all' is not supported"),
         ({"r": 0}, "r: the rank must be at least 1"),
         ({"lora_dropout": 1.0}, "lora_dropout: must be in"),
@@ -195,9 +195,7 @@ def test_padding_on_either_side_is_dropped(model: LanguageModel):
 def test_answers(model: LanguageModel, base: LanguageModel):
     tokenizer = model.tokenizer
     rows = [tokenizer(text)["input_ids"] for text in PROMPTS]
-    chats = [
-        tokenizer(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")["input_ids"] for text in PROMPTS
-    ]
+    chats = [tokenizer(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")["input_ids"] for text in PROMPTS]
     for chat, prompts in ((True, chats), (False, rows)):
         outputs = model.generate(prompts, max_new_tokens=6)
         texts = [tokenizer.decode(o[len(p) :], skip_special_tokens=True) for o, p in zip(outputs, prompts, strict=True)]
@@ -249,9 +247,10 @@ def test_merging_into_the_loaded_base(tiny_hf_dir: Path, tmp_path: Path):
     """QLoRA trains against the quantized base: merged into that, the logits are the adapter's own."""
     model = adapted(tiny_hf_dir, load_in_4bit=True)
     own = logits_of(model)
-    paths = {b: model.save_pretrained_merged(tmp_path / b, save_method="merged", base=b) for b in ("loaded", "original")}
-    assert relative_l2(logits_of(loaded(paths["loaded"])), own) < 1e-5
-    assert relative_l2(logits_of(loaded(paths["original"])), own) > 0.01, "negative control"
+    for base in ("loaded", "original"):
+        model.save_pretrained_merged(tmp_path / base, save_method="merged", base=base)
+    assert relative_l2(logits_of(loaded(tmp_path / "loaded")), own) < 1e-5
+    assert 0.01 < relative_l2(logits_of(loaded(tmp_path / "original")), own) < 0.5, "NF4 changes nothing, or too much"
     with pytest.raises(JaxftError, match="base: 'other' is not known"):
         model.save_pretrained_merged(tmp_path / "other", base="other")
     assert not (tmp_path / "other").exists()
@@ -298,7 +297,7 @@ def test_outputs_that_cannot_be(model: LanguageModel, save, tmp_path: Path):
 
 def test_unknown_methods_write_nothing(model: LanguageModel, tmp_path: Path):
     out = tmp_path / "out"
-    with pytest.raises(JaxftError, match="save_method: 'lora' is not known. Choose merged or merged_16bit"):
+    with pytest.raises(JaxftError, match=r"save_method: 'lora' is not known\. Choose merged or merged_16bit"):
         model.save_pretrained_merged(out, save_method="lora")
     with pytest.raises(JaxftError, match=r"GGUF quantization 'q4_k_m': is not known \(known: f32, f16, bf16, q8_0\)"):
         model.save_pretrained_gguf(out, quantization_method=["f16", "q4_k_m"])

@@ -41,10 +41,8 @@ def make_train_step(graphdef: nnx.GraphDef, loss: LossFunction, tx: optax.Gradie
             return jax.tree.map(jnp.add, carry, (grads, sums)), None
 
         first = jax.tree.map(lambda leaf: leaf[0], batch)
-        zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype),
-            jax.eval_shape(lambda: jax.grad(loss_sum, has_aux=True)(trainable, frozen, first)),
-        )
+        _, sums = jax.eval_shape(loss_sum, trainable, frozen, first)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (trainable, sums))
         (grads, sums), _ = jax.lax.scan(accumulate, zeros, batch)
         weight = jnp.maximum(sums["weight"], jnp.finfo(jnp.float32).tiny)
         grads = jax.tree.map(lambda g: (g / weight.astype(g.dtype)).astype(g.dtype), grads)
