@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check venv
+.PHONY: help demo test test-slow check bench venv
 
 VENV := .venv
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
@@ -26,6 +26,9 @@ check: $(VENV)/.lint ## ruff (lint and format) and pyright
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+bench: $(VENV)/.test ## Time every op of pallas_kernels, each implementation, on this machine's device
+	$(VENV)/bin/python -m pallas_kernels.bench
 
 venv: $(VENV)/.dev ## Everything for development, in .venv
 

@@ -126,7 +126,8 @@ def test_a_fresh_adapter_changes_nothing_and_starts_as_pefts():
     tokens = jnp.asarray(case_tokens(hf_config()), jnp.int32)
     base = hidden_states(decoder, tokens)
     lora.attach(decoder, lora.LoraConfig(r=8, lora_alpha=32), key=jax.random.key(1))
-    np.testing.assert_array_equal(hidden_states(decoder, tokens), base)
+    # Another program, which may sum in another order: on a GPU the two differ in the last bits.
+    np.testing.assert_allclose(hidden_states(decoder, tokens), base, atol=1e-5, rtol=1e-5)
     a = decoder.model.layers.mlp.down_proj.lora_A.get_value()
     bound = 1 / np.sqrt(160)
     assert 0.9 * bound < np.abs(a).max() <= bound

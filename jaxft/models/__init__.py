@@ -1,0 +1,1 @@
+"""The decoder: its config, layers, parameters by name, and what each layer keeps for the backward pass."""
