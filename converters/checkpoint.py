@@ -6,10 +6,12 @@ Sources (HF safetensors, GGUF, Orbax, a model in memory) implement `Checkpoint`;
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+
+from jaxft.errors import JaxftError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,3 +63,16 @@ def stream(checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (HF name, array) one tensor at a time."""
     for name in checkpoint.tensors:
         yield name, checkpoint.read(name)
+
+
+def check_tensors(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object) -> None:
+    """Raises one JaxftError that lists every tensor that is missing, unexpected or of another shape."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not expected" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    if problems:
+        raise JaxftError(where, f"its tensors do not fit its config: {'; '.join(problems)}")

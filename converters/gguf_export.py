@@ -14,11 +14,12 @@ import yaml
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
 from converters.archs import arch_of
-from converters.archs.base import ArchSpec, GGUFArch
+from converters.archs.base import GGUFArch
 from converters.archs.gguf_rope import FREQUENCIES, rope_divisors
 from converters.checkpoint import Checkpoint
-from converters.gguf_tensors import check_tensors, gguf_names
+from converters.gguf_tensors import gguf_names
 from converters.gguf_tokenizer import tokenizer_metadata
+from converters.load import check
 from jaxft.console import track, warn
 from jaxft.errors import JaxftError
 from jaxft.files import new_file
@@ -55,8 +56,8 @@ class _Tensor(NamedTuple):
         return math.prod(self.shape) // block * block_bytes
 
 
-def write_gguf(checkpoint: Checkpoint, path: Path | str, quantization: str, *, overwrite: bool = False) -> None:
-    """Writes `checkpoint` to the GGUF file `path`; nothing is left there if it fails.
+def write_gguf(checkpoint: Checkpoint, path: Path | str, quantization: str, *, overwrite: bool = False) -> Path:
+    """Writes `checkpoint` to the GGUF file `path` and returns it; nothing is left there if it fails.
 
     Vectors and norms are stored as float32. Values that the type holds are stored exactly: float32, float16 and
     bfloat16 sources lose nothing in "f32", nor in their own type.
@@ -70,11 +71,11 @@ def write_gguf(checkpoint: Checkpoint, path: Path | str, quantization: str, *, o
 
     Raises:
       JaxftError: an unknown quantization, an architecture or tokenizer that GGUF cannot hold, tensors that do not fit
-        the config, an existing or unwritable `path` (all before any tensor is read); a value beyond float16's range.
+        the config, an existing or unwritable `path` (all before any tensor is written); a value beyond float16's range.
     """
     kind = check_quantization(quantization)
-    spec, arch = _architecture(checkpoint)
-    config = spec.decoder_config(checkpoint.config, checkpoint.where)
+    arch = _architecture(checkpoint)
+    config = check(checkpoint)
     tensors = _plan(checkpoint, arch, config, kind.type)
     metadata = _metadata(checkpoint, arch, config, kind.file_type)
     try:
@@ -82,6 +83,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path | str, quantization: str, *, o
             _write(checkpoint, arch, temporary, tensors, metadata, _extra_tensors(config))
     except OSError as error:
         raise JaxftError(path, f"could not be written ({error})", "Check the space that is left") from error
+    return Path(path)
 
 
 def check_quantization(name: str) -> Quantization:
@@ -91,17 +93,17 @@ def check_quantization(name: str) -> Quantization:
     return QUANTIZATIONS[name]
 
 
-def _architecture(checkpoint: Checkpoint) -> tuple[ArchSpec, GGUFArch]:
+def _architecture(checkpoint: Checkpoint) -> GGUFArch:
     spec = arch_of(checkpoint.config.get("model_type"), checkpoint.where)
     if spec.gguf is None:
         raise JaxftError(f"{checkpoint.where}, field model_type", f"{spec.model_type!r} cannot be written as GGUF yet")
-    return spec, spec.gguf
+    return spec.gguf
 
 
 def _plan(checkpoint: Checkpoint, arch: GGUFArch, config: DecoderConfig, kind: GGMLQuantizationType) -> list[_Tensor]:
-    """What is written, in the checkpoint's order."""
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    check_tensors(shapes, expected_tensors(config), checkpoint.where)
+    """What is written, in the checkpoint's order; a stored copy of a tied head or computed buffers are left out."""
+    expected = expected_tensors(config)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name in expected}
     names = gguf_names(shapes, arch.name, config.num_hidden_layers)
     return [_Tensor(hf, names[hf], shape, _tensor_type(names[hf], shape, kind)) for hf, shape in shapes.items()]
 

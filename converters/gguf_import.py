@@ -13,9 +13,9 @@ from gguf import GGMLQuantizationType
 from converters.archs import ARCHS
 from converters.archs.base import ArchSpec, GGUFArch, MetadataReader
 from converters.archs.gguf_rope import FREQUENCIES, recognise_llama3
-from converters.checkpoint import TensorInfo
+from converters.checkpoint import TensorInfo, check_tensors
 from converters.gguf_header import TensorEntry, read_header
-from converters.gguf_tensors import check_tensors, gguf_names
+from converters.gguf_tensors import gguf_names
 from converters.gguf_tokenizer import read_tokenizer, special_token_ids
 from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig

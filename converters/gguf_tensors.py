@@ -1,8 +1,8 @@
-"""Which HF tensor is which GGUF tensor, and whether a checkpoint holds exactly what its config asks for."""
+"""Which HF tensor is which GGUF tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import gguf
 
@@ -23,16 +23,3 @@ def gguf_names(hf_names: Iterable[str], arch: str, n_layers: int) -> dict[str, s
     if unnamed:
         raise JaxftError(f"GGUF architecture {arch}", f"has no name for the tensors {', '.join(unnamed)}")
     return {name: gguf_name for name, gguf_name in found.items() if gguf_name}
-
-
-def check_tensors(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object) -> None:
-    """Raises one JaxftError that lists every tensor that is missing, unexpected or of another shape."""
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not expected" for name in found if name not in expected]
-    problems += [
-        f"{name} has shape {list(found[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and tuple(found[name]) != tuple(shape)
-    ]
-    if problems:
-        raise JaxftError(where, f"its tensors do not fit its config: {'; '.join(problems)}")

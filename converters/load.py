@@ -7,8 +7,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from converters.archs import arch_of
-from converters.checkpoint import Checkpoint
-from converters.gguf_tensors import check_tensors
+from converters.checkpoint import Checkpoint, check_tensors
 from jaxft.console import progress
 from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig

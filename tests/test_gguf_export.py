@@ -204,3 +204,17 @@ def test_every_quantization_and_architecture_is_ggufs() -> None:
     """The registries only use names that gguf knows."""
     assert {row.type.name.lower() for row in QUANTIZATIONS.values()} == set(QUANTIZATIONS)
     assert {spec.gguf.name for spec in ARCHS.values() if spec.gguf} <= set(gguf.MODEL_ARCH_NAMES.values())
+
+
+def test_a_stored_tied_head_and_buffers_are_left_out(make_tiny_hf: Any, tmp_path: Path) -> None:
+    base = HFCheckpoint(make_tiny_hf(tmp_path / "hf", tie_word_embeddings=True))
+    extra = {
+        "lm_head.weight": base.read("model.embed_tokens.weight"),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32),
+    }
+    path = write_gguf(InMemory(base, extra), tmp_path / "model.gguf", "f32")
+    assert set(GGUFCheckpoint(path).tensors) == set(base.tensors)
+    extra["lm_head.weight"] = extra["lm_head.weight"] + 1
+    with pytest.raises(JaxftError, match=r"lm_head.weight: differs from model.embed_tokens.weight"):
+        write_gguf(InMemory(base, extra), tmp_path / "other.gguf", "f32")
+    assert not (tmp_path / "other.gguf").exists()

@@ -98,8 +98,9 @@ def test_pefts_adapter_here(smollm2_dir: Path, tmp_path: Path):
     theirs = peft.get_peft_model(base, config).eval()
     rng = np.random.default_rng(0)
     for name, parameter in theirs.named_parameters():
-        if "lora_B" in name:
-            parameter.data.numpy()[...] = 0.03 * rng.standard_normal(parameter.shape)
+        if "lora_" in name:
+            size = 0.03 if "lora_B" in name else parameter.shape[1] ** -0.5
+            parameter.data.numpy()[...] = size * rng.standard_normal(parameter.shape)
     theirs.save_pretrained(tmp_path / "adapter")
     expected = nll(torch_logits(theirs))
     assert abs(expected - without) > 0.01, "the adapter does nothing"
