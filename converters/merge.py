@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import ml_dtypes
 import numpy as np
 
 from converters.checkpoint import Checkpoint, TensorInfo
@@ -16,7 +17,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class DecoderCheckpoint:
+class _Derived:
+    """What a computed checkpoint takes over from the one that it is computed from."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        self._base = base
+        self.where = base.where
+        self.config = base.config
+        self.tensors = base.tensors
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The base's."""
+        return self._base.tokenizer()
+
+    def sidecars(self) -> dict[str, bytes]:
+        """The base's."""
+        return self._base.sidecars()
+
+
+class DecoderCheckpoint(_Derived):
     """A decoder's base weights, without its adapter, in the dtypes of the checkpoint that it came from.
 
     Args:
@@ -25,26 +44,16 @@ class DecoderCheckpoint:
     """
 
     def __init__(self, decoder: Decoder, source: Checkpoint) -> None:
-        self._source = source
+        super().__init__(source)
         self._views: dict[str, TensorView] = tensor_views(decoder)
-        self.where = source.where
-        self.config = source.config
         self.tensors = {name: TensorInfo(view.shape, source.tensors[name].dtype) for name, view in self._views.items()}
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the source's dtype."""
         return self._views[name].read().astype(self.tensors[name].dtype)
 
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The source's."""
-        return self._source.tokenizer()
 
-    def sidecars(self) -> dict[str, bytes]:
-        """The source's."""
-        return self._source.sidecars()
-
-
-class MergedCheckpoint:
+class MergedCheckpoint(_Derived):
     """W + scale * B A for every adapted weight of `base`, computed in float32 one tensor at a time, in W's dtype.
 
     Raises:
@@ -52,15 +61,12 @@ class MergedCheckpoint:
     """
 
     def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
-        self._base = base
+        super().__init__(base)
         self._adapter = adapter
         self._adapted = frozenset(adapter.modules)
         problems = [problem for module in adapter.modules for problem in self._problems(module)]
         if problems:
             raise JaxftError(base.where, f"is not the base of this adapter: {'; '.join(problems)}")
-        self.where = base.where
-        self.config = base.config
-        self.tensors = base.tensors
 
     def _problems(self, module: str) -> list[str]:
         a, b = self._factors(module)
@@ -84,41 +90,20 @@ class MergedCheckpoint:
         merged = weight.astype(np.float32) + np.float32(scale_of(self._adapter, module)) * (b @ a)
         return merged.astype(weight.dtype)
 
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The base's."""
-        return self._base.tokenizer()
 
-    def sidecars(self) -> dict[str, bytes]:
-        """The base's."""
-        return self._base.sidecars()
-
-
-class CastCheckpoint:
+class CastCheckpoint(_Derived):
     """`base` with its tensors of more than 16 bits in bfloat16, and config.json saying so where there are any."""
 
     def __init__(self, base: Checkpoint) -> None:
-        import ml_dtypes
-
-        self._base = base
-        self._dtype = np.dtype(ml_dtypes.bfloat16)
-        self.where = base.where
-        self.config = base.config
+        super().__init__(base)
         if any(info.dtype.itemsize > 2 for info in base.tensors.values()):
             self.config = {**base.config, "dtype": "bfloat16"}
             self.config.pop("torch_dtype", None)
         self.tensors = {
-            name: info._replace(dtype=self._dtype if info.dtype.itemsize > 2 else info.dtype)
+            name: info._replace(dtype=np.dtype(ml_dtypes.bfloat16)) if info.dtype.itemsize > 2 else info
             for name, info in base.tensors.items()
         }
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, cast where it is wider than 16 bits."""
         return self._base.read(name).astype(self.tensors[name].dtype)
-
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The base's."""
-        return self._base.tokenizer()
-
-    def sidecars(self) -> dict[str, bytes]:
-        """The base's."""
-        return self._base.sidecars()

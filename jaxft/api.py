@@ -189,7 +189,7 @@ class LanguageModel:
         if save_method == "merged_16bit":
             merged = CastCheckpoint(merged)
         path = write_hf(merged, Path(save_directory), overwrite=overwrite)
-        console.wrote(path, f"Hugging Face checkpoint, {save_method}")
+        console.wrote(path, f"Hugging Face checkpoint, {save_method}, from the {base} weights")
         return path
 
     def save_pretrained_gguf(
@@ -213,7 +213,7 @@ class LanguageModel:
         paths = [folder / f"model.{method.upper()}.gguf" for method in methods]
         for path, method in zip(paths, methods, strict=True):
             write_gguf(self._merged(base), path, method, overwrite=overwrite)
-            console.wrote(path, "GGUF")
+            console.wrote(path, f"GGUF, from the {base} weights")
         return paths
 
     def _adapter(self) -> Adapter:

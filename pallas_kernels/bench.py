@@ -67,7 +67,9 @@ def main() -> None:
     print(f"{device.device_kind}, jax {jax.__version__}, median of {REPEATS} calls after a warm-up, float32")
     print(f"{'op':22}{'case':34}{'implementation':16}{'ms':>9}{'GB/s':>9}")
     for row in rows():
-        print(f"{row.op:22}{row.case:34.33}{row.implementation:16}{row.milliseconds:9.3f}{row.gigabytes_per_second:9.2f}")
+        print(
+            f"{row.op:22}{row.case:34.33}{row.implementation:16}{row.milliseconds:9.3f}{row.gigabytes_per_second:9.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -115,6 +115,8 @@ def run(
         nnx.update(decoder, trainable)
         log.close()
     if not rows:
+        if interrupted():
+            return TrainResult(0, rows, interrupted=True)
         raise JaxftError("train_dataset", "gave no batch")
     plot_loss(rows, output_dir / "loss.png")
     console.wrote(log.path)
