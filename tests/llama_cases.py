@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "linear", "factor": 2.0},
     },
 }
+FIRST, *OTHERS = CASES
 TOKENS = (2, 23)
 STEPS = 10
 SMOLLM2_LEARNING_RATE = 2e-4

@@ -16,7 +16,7 @@ from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig, LayerFacts, RopeConfig
 from jaxft.models.decoder import Decoder, KVCache, Segment, segment_positions, segments
 from jaxft.models.rope import inverse_frequencies
-from llama_cases import CASES, case_config, case_tokens
+from llama_cases import CASES, FIRST, OTHERS, case_config, case_tokens
 from models import decoder_of, hidden_states, random_examples
 from tiny import hf_config, random_tensors
 
@@ -36,8 +36,14 @@ def forward(decoder: Decoder, tokens, **kwargs) -> jax.Array:
     return run(params, jnp.asarray(tokens, jnp.int32), kwargs)
 
 
-@pytest.mark.parametrize("unroll", [False, True], ids=["scan", "unroll"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "unroll"),
+    [
+        *((case, False) for case in CASES),
+        (FIRST, True),
+        *(pytest.param(case, True, marks=pytest.mark.slow) for case in OTHERS),
+    ],
+)
 def test_logits_equal_torch(case, unroll):
     config = case_config(case)
     expected = load_file(VECTORS)[f"{case}/logits"]
@@ -129,7 +135,7 @@ def test_layers_become_few_scans(pattern, expected):
     assert found == tuple(Segment(a, b, tuple(facts[letter] for letter in p)) for a, b, p in expected)
 
 
-@pytest.mark.parametrize("pattern", ["sfsf", "ssfssfs"])
+@pytest.mark.parametrize("pattern", [pytest.param("sfsf", marks=pytest.mark.slow), "ssfssfs"])
 def test_mixed_layers_scanned_equal_unrolled_and_cached(pattern):
     decoder = Decoder(with_windows(pattern), rngs=nnx.Rngs(1))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 11)), jnp.int32)
@@ -142,7 +148,7 @@ def test_mixed_layers_scanned_equal_unrolled_and_cached(pattern):
     assert np.abs(hidden_states(full, tokens) - scanned).max() > 1e-3, "the window does nothing"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [FIRST, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS)])
 def test_cached_steps_equal_the_whole_forward(case):
     config = case_config(case)
     decoder = decoder_of(config)

@@ -16,10 +16,11 @@ from jaxft import lora, losses
 from jaxft.errors import JaxftError
 from jaxft.models import labels
 from jaxft.train.step import make_train_step
-from llama_cases import CASES, STEPS, adapter, case_config, case_tokens
+from llama_cases import CASES, FIRST, OTHERS, STEPS, adapter, case_config, case_tokens
 from models import decoder_of, hidden_states, plain_batch, relative_l2, with_adapter
 from tiny import hf_config
 
+VARIANTS = ({"unroll": True}, {"remat": "full"})
 VECTORS = Path(__file__).parent / "vectors" / "llama.safetensors"
 
 
@@ -53,8 +54,14 @@ def losses_of_steps(decoder, batch, steps: int, learning_rate: float) -> list[fl
     return found
 
 
-@pytest.mark.parametrize("settings", [{}, {"unroll": True}, {"remat": "full"}], ids=["scan", "unroll", "remat"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        *((case, {}) for case in CASES),
+        *((FIRST, settings) for settings in VARIANTS),
+        *(pytest.param(case, settings, marks=pytest.mark.slow) for case in OTHERS for settings in VARIANTS),
+    ],
+)
 def test_gradients_equal_peft(case, settings):
     config = case_config(case)
     expected = {
@@ -67,7 +74,7 @@ def test_gradients_equal_peft(case, settings):
     assert worst < 1e-4
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [FIRST, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS)])
 def test_ten_adamw_steps_equal_peft(case):
     config = case_config(case)
     decoder = with_adapter(decoder_of(config), config)

@@ -68,7 +68,14 @@ def test_packing_without_segments_would_change_it(unpacked):
         assert_same(unpacked, update_of(leaky))
 
 
-@pytest.mark.parametrize("settings", [{"remat": "full"}, {"remat": "offload"}, {"unroll": True, "remat": "full"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"remat": "full"},
+        {"unroll": True, "remat": "full"},
+        pytest.param({"remat": "offload"}, marks=pytest.mark.slow),  # on a CPU the program of "full"
+    ],
+)
 def test_remat_changes_nothing(unpacked, settings):
     assert_same(unpacked, update_of(batch_of(DOCUMENTS, [[i] for i in range(8)], 16), **settings))
 
