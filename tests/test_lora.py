@@ -133,8 +133,15 @@ def test_a_fresh_adapter_changes_nothing_and_starts_as_pefts():
     tokens = jnp.asarray(case_tokens(hf_config()), jnp.int32)
     base = hidden_states(decoder, tokens)
     lora.attach(decoder, lora.LoraConfig(r=8, lora_alpha=32), key=jax.random.key(1))
+    fresh = hidden_states(decoder, tokens)
     # Another program, which may sum in another order: on a GPU the two differ in the last bits.
-    np.testing.assert_allclose(hidden_states(decoder, tokens), base, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(fresh, base, atol=1e-5, rtol=1e-5)
+    # In the same program, whatever A is, B = 0 leaves no trace of it.
+    for module in lora.linears(decoder).values():
+        module.lora_A.set_value(module.lora_A.get_value() * 3)
+    np.testing.assert_array_equal(hidden_states(decoder, tokens), fresh)
+    for module in lora.linears(decoder).values():
+        module.lora_A.set_value(module.lora_A.get_value() / 3)
     a = decoder.model.layers.mlp.down_proj.lora_A.get_value()
     bound = 1 / np.sqrt(160)
     assert 0.9 * bound < np.abs(a).max() <= bound
