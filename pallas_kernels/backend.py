@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
@@ -16,18 +17,75 @@ warnings.filterwarnings("ignore", message=".*Pallas.*Triton.*deprecated", catego
 
 load = triton.load
 store = triton.store
+atomic_add = triton.atomic_add
+approx_tanh = triton.approx_tanh
+elementwise_inline_asm = triton.elementwise_inline_asm
+multiple_of = pl.multiple_of
 program_id = pl.program_id
 ds = pl.ds
 
+PLATFORMS = ("cpu", "gpu")
+
+
+def dot(x: jax.Array, y: jax.Array, *, trans_x: bool = False, trans_y: bool = False) -> jax.Array:
+    """x [m, k] times y [k, n] in a kernel (or their transposes), float32; at least 16 along every axis.
+
+    float32 factors are multiplied exactly, not rounded to TF32.
+    """
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    contract = ((0 if trans_x else 1,), (1 if trans_y else 0,))
+    return jax.lax.dot_general(x, y, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+def platform() -> str:
+    """The platform that programs are made for: of the abstract device in force, or JAX's default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def refuses_platform(platform: str) -> str | None:
+    """Why no kernel runs on a platform, or None where one does."""
+    return None if platform in PLATFORMS else f"it is written for NVIDIA GPUs (interpreted on a CPU), not {platform!r}"
+
 
 def call(
-    kernel: Callable[..., None], *arguments: jax.Array, out: jax.ShapeDtypeStruct, grid: tuple[int, ...], num_warps: int
-) -> jax.Array:
+    kernel: Callable[..., None],
+    *arguments: jax.Array,
+    out: Any,
+    grid: tuple[int, ...],
+    num_warps: int = 4,
+    num_stages: int | None = None,
+    aliases: Mapping[int, int] | None = None,
+    **static: Any,
+) -> Any:
     """Runs a kernel over a grid: compiled by Triton on a GPU, interpreted on a CPU (for tests).
 
     The platform is the one that the program is lowered for, so a program for a GPU can be lowered where there is none.
+    The kernel gets the whole arrays as refs: Pallas multiplies an index of several axes in 64 bits where an array has
+    more than 2^32 bytes, so kernels index rows and columns apart and never flatten them into one int32.
+
+    Args:
+      kernel: (input refs, output refs, **static) -> None; its name is the kernel's name in programs and profiles.
+      arguments: the inputs.
+      out: ShapeDtypeStruct of the result, or a tuple of them.
+      grid: how many programs, for each axis of `program_id`. With an axis of length 0 the result is zeros.
+      num_warps, num_stages: Triton's.
+      aliases: {input: output} that share memory; XLA copies the input first where somebody still needs it.
+      static: Python values for the kernel.
+
+    Returns:
+      The outputs, in the form of `out`.
     """
+    if 0 in grid:
+        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), out)
+
+    def named(*refs: Any) -> None:
+        kernel(*refs, **static)
+
+    named.__name__ = kernel.__name__.strip("_")
     # Always with parameters: they, and not the platform, are what selects Triton in every jax version.
-    parameters: Any = triton.CompilerParams(num_warps=num_warps)
-    run = functools.partial(pl.pallas_call, kernel, out_shape=out, grid=grid)
+    parameters: Any = triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
+    run = functools.partial(
+        pl.pallas_call, named, out_shape=out, grid=grid, input_output_aliases=dict(aliases or {})
+    )
     return jax.lax.platform_dependent(*arguments, cpu=run(interpret=True), default=run(compiler_params=parameters))

@@ -243,7 +243,7 @@ def _pallas(
     rows, half = codes.shape[-2:]
     size = _program_bytes(codes)
     values = backend.call(
-        functools.partial(_kernel, size=size, block_bytes=block_size // 2),
+        _kernel,
         jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1),
         codes.reshape(-1, rows * half),
         scales,
@@ -251,6 +251,8 @@ def _pallas(
         out=jax.ShapeDtypeStruct((rows * half * 2,), dtype),
         grid=(rows * half // size,),
         num_warps=4,
+        size=size,
+        block_bytes=block_size // 2,
     )
     return values.reshape(rows, half * 2)
 
@@ -280,10 +282,11 @@ def _pallas_refuses(
     return None
 
 
-def _choose(platform: str, codes: jax.Array, *args: Any, **kwargs: Any) -> Choice:
+def _rank(platform: str, codes: jax.Array, *args: Any, **kwargs: Any) -> tuple[Choice, ...]:
     if platform == "gpu" and _program_bytes(codes) == MAX_PROGRAM_BYTES:
-        return Choice("pallas", "its table look-up reads and writes faster than XLA's gather (1.4 times on an H100)")
-    return Choice("xla", "the kernel is for GPUs, and for weights of whole programs")
+        why = "its table look-up reads and writes faster than XLA's gather (1.4 times on an H100)"
+        return (Choice("pallas", why),)
+    return (Choice("xla", "the kernel is for GPUs, and for weights of whole programs"),)
 
 
 def _case(name: str, shape: tuple[int, int], *, layers: int | None = None, double_quantization: bool = True) -> Case:
@@ -303,7 +306,7 @@ NF4_DEQUANTIZE = register(
             "xla": Implementation(_reference),
             "pallas": Implementation(_pallas, refuses=_pallas_refuses),
         },
-        choose_fastest=_choose,
+        rank=_rank,
         cases=(
             _case("layer of a stack", (16, 2048), layers=3),
             _case("partial blocks", (5, 1026)),

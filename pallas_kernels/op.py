@@ -1,7 +1,7 @@
 """What an op is: one function of arrays with a reference, other implementations, and the cases that prove them.
 
 A public op such as `rms_norm` is a thin signature over its `Op`. With `implementation=None` the op chooses the fastest
-correct implementation for the platform and the shapes, and `Op.choose` says why. A *named* implementation is used or
+correct implementation for the platform and the shapes, and `explain` says why. A *named* implementation is used or
 refused, never replaced. Tests and benchmarks iterate over `OPS` and each op's `cases`.
 """
 
@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels import backend
 
 REFERENCE = "xla"
 
@@ -62,9 +64,9 @@ class Case:
     differentiable: tuple[str, ...] = ()
 
 
-def reference_is_fastest(platform: str, *args: Any, **kwargs: Any) -> Choice:
-    """The `choose` of an op for which nothing measured beats XLA."""
-    return Choice(REFERENCE, "XLA's own fusion is the fastest implementation there is")
+def reference_is_fastest(platform: str, *args: Any, **kwargs: Any) -> tuple[Choice, ...]:
+    """The `rank` of an op for which nothing measured beats XLA."""
+    return (Choice(REFERENCE, "XLA's own fusion is the fastest implementation there is"),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +77,15 @@ class Op:
       name: the public function's name.
       implementations: by name; always has the reference, "xla".
       cases: arguments for tests and benchmarks, odd sizes among them.
-      choose_fastest: `(platform, *args, **kwargs)` -> the implementation for `implementation=None`.
+      rank: `(platform, *args, **kwargs)` -> what `implementation=None` would like to run, fastest first. The first
+        one that does not refuse runs; where all do, the reference.
       roundings: how many roundings to the storage dtype a result may see; sets the tolerance.
     """
 
     name: str
     implementations: Mapping[str, Implementation]
     cases: tuple[Case, ...]
-    choose_fastest: Callable[..., Choice] = reference_is_fastest
+    rank: Callable[..., tuple[Choice, ...]] = reference_is_fastest
     roundings: int = 2
 
     @property
@@ -90,20 +93,25 @@ class Op:
         """The plain JAX implementation that the others are compared with."""
         return self.implementations[REFERENCE].function
 
+    def refuses(self, implementation: str, *args: Any, **kwargs: Any) -> str | None:
+        """Why an implementation cannot run these arguments (arrays or their shapes) on the platform, or None."""
+        return self.implementations[implementation].refuses(backend.platform(), *args, **kwargs)
+
     def choose(self, *args: Any, implementation: str | None = None, **kwargs: Any) -> Choice:
-        """Returns the implementation for these arguments on JAX's default platform.
+        """Returns the implementation for these arguments, arrays or their shapes, on the platform.
 
         Raises:
           ImplementationError: the named one is unknown, or refuses the platform or the arguments.
         """
-        platform = jax.default_backend()
         if implementation is None:
-            return self.choose_fastest(platform, *args, **kwargs)
+            ranked = self.rank(backend.platform(), *args, **kwargs)
+            usable = (choice for choice in ranked if not self.refuses(choice.implementation, *args, **kwargs))
+            return next(usable, Choice(REFERENCE, "no faster implementation takes these arguments"))
         if implementation not in self.implementations:
             raise ImplementationError(
                 f"{self.name}: unknown implementation {implementation!r}; it has {', '.join(self.implementations)}"
             )
-        reason = self.implementations[implementation].refuses(platform, *args, **kwargs)
+        reason = self.refuses(implementation, *args, **kwargs)
         if reason:
             raise ImplementationError(f"{self.name}: implementation {implementation!r} cannot run this: {reason}")
         return Choice(implementation, "asked for by name")
@@ -132,3 +140,44 @@ def register(op: Op) -> Op:
         raise ValueError(f"op {op.name!r} is already registered")
     OPS[op.name] = op
     return op
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `implementation=None` runs for some arguments, and why; prints as a few lines of text.
+
+    Attributes:
+      op, platform: of the question.
+      choice: what would run.
+      others: the other implementations, each with the reason why it does not run.
+    """
+
+    op: str
+    platform: str
+    choice: Choice
+    others: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} on {self.platform}: {self.choice.implementation}, because {self.choice.why}"]
+        return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.others.items()])
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Says which implementation an op would choose for these arguments, and why not the others.
+
+    Args:
+      op: a name of `OPS`.
+      args, kwargs: the op's arguments; arrays may be `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      ValueError: there is no such op.
+    """
+    if op not in OPS:
+        raise ValueError(f"explain: no op {op!r}; there are {', '.join(OPS)}")
+    choice = OPS[op].choose(*args, **kwargs)
+    others = {
+        name: OPS[op].refuses(name, *args, **kwargs) or f"{choice.implementation} is faster here"
+        for name in OPS[op].implementations
+        if name != choice.implementation
+    }
+    return Explanation(op, backend.platform(), choice, others)
