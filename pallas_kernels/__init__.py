@@ -4,13 +4,16 @@ Depends on jax and numpy only; any JAX program can use it alone.
 """
 
 from pallas_kernels import nf4
-from pallas_kernels.attention import attention, cached_attention
-from pallas_kernels.gated_activation import gated_activation
+from pallas_kernels.attention import Segments, attention, cached_attention, segments
+from pallas_kernels.gated_activation import gated_activation, gated_activation_backward
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
-from pallas_kernels.lora_linear import lora_linear
+from pallas_kernels.lora_linear import LoraWeights, lora_linear, lora_qkv
+from pallas_kernels.lora_mlp import lora_mlp
+from pallas_kernels.nf4_matmul import nf4_matmul
 from pallas_kernels.op import OPS, Case, Choice, Explanation, Implementation, ImplementationError, Op, explain
-from pallas_kernels.rms_norm import rms_norm
+from pallas_kernels.rms_norm import add_rms_norm, rms_norm
 from pallas_kernels.rope import rope
+from pallas_kernels.selected_log_probs import selected_log_probs
 
 __all__ = [
     "OPS",
@@ -19,14 +22,23 @@ __all__ = [
     "Explanation",
     "Implementation",
     "ImplementationError",
+    "LoraWeights",
     "Op",
+    "Segments",
+    "add_rms_norm",
     "attention",
     "cached_attention",
     "explain",
     "gated_activation",
+    "gated_activation_backward",
     "linear_cross_entropy",
     "lora_linear",
+    "lora_mlp",
+    "lora_qkv",
     "nf4",
+    "nf4_matmul",
     "rms_norm",
     "rope",
+    "segments",
+    "selected_log_probs",
 ]

@@ -1,21 +1,28 @@
 """Causal grouped-query attention over packed documents, and attention over a key/value cache.
 
-    logits[t, s] = scale * q[t] . k[s]            for the keys s that query t sees, float32
-    out[t]       = sum_s softmax(logits[t])[s] v[s]
+    z[t, s]      = scale * q[t] . k[s]            for the keys s that query t sees, float32
+    logits[t, s] = z[t, s], or cap * tanh(z[t, s] / cap) with a soft cap
+    lse[t]       = log(exp(sink) + sum_s exp(logits[t, s]))          (without a sink exp(sink) is 0)
+    out[t]       = sum_s p[t, s] v[s],            p[t, s] = exp(logits[t, s] - lse[t])
 
 q [B, T, N, H]; k, v [B, S, K, H]; query head n reads kv head n // (N / K), so q is viewed as [B, T, K, G, H] and keys
-and values are never repeated. Below, p is the softmax and lse[t] = log sum_s exp(logits[t, s]); with the output's
-cotangent g the gradients are (Dao et al. 2022, arXiv:2205.14135)
+and values are never repeated. A sink is one learned logit of each query head that takes probability and has no value
+(Xiao et al. 2023, arXiv:2309.17453). With the output's cotangent g the gradients are (Dao et al. 2022,
+arXiv:2205.14135)
 
     dv[s]    = sum_t p[t, s] g[t]
     delta[t] = g[t] . out[t]
-    ds[t, s] = scale p[t, s] (g[t] . v[s] - delta[t])
-    dq[t]    = sum_s ds[t, s] k[s]                dk[s] = sum_t ds[t, s] q[t]
+    dz[t, s] = p[t, s] (g[t] . v[s] - delta[t]), times 1 - (logits[t, s] / cap)^2 with a soft cap
+    dq[t]    = scale sum_s dz[t, s] k[s]          dk[s] = scale sum_t dz[t, s] q[t]
+    dsink    = - sum_t exp(sink - lse[t]) delta[t]
 
 so the backward pass needs q, k, v, out and lse only, and makes p again.
 
+There is one custom_vjp. An implementation is a pair of functions that it calls: forward -> (out, lse) and backward ->
+(dq, dk, dv, dsinks). So what remat policies can keep has the same names whichever implementation runs.
+
 Documents do not leak into each other: every [t, s] that is not seen is replaced, not multiplied, before and after the
-exponential and again in ds. What is left of another document in a sum is 0 * value, which is 0 for every finite value.
+exponential and again in dz. What is left of another document in a sum is 0 * value, which is 0 for every finite value.
 So as long as q, k, v and g are finite (their products may overflow), changing one document leaves the others' outputs
 and gradients bit-identical. An infinity or NaN in q or k leaves the others' outputs alone too; one in v (or, backward,
 in any of q, k, v, g) makes the other documents of its row NaN, which nothing can mistake for a result.
@@ -25,15 +32,20 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.op import Case, Implementation, Op, normal, register
+from pallas_kernels import attention_cudnn, attention_pallas, backend
+from pallas_kernels.attention_cudnn import Segments, segments
+from pallas_kernels.op import Case, Choice, Implementation, Op, normal, register
 from pallas_kernels.precision import einsum_float32
+
+__all__ = ["ATTENTION", "CACHED_ATTENTION", "Segments", "attention", "cached_attention", "segments"]
 
 
 def attention(
@@ -42,11 +54,13 @@ def attention(
     v: jax.Array,
     *,
     scale: float,
-    segment_ids: jax.Array | None = None,
+    segment_ids: jax.Array | Segments | None = None,
     sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Causal self-attention with analytic gradients for q, k and v.
+    """Causal self-attention with analytic gradients for q, k, v and sinks.
 
     Args:
       q: [B, T, N, H].
@@ -54,19 +68,40 @@ def attention(
       v: as k.
       scale: multiplies q . k.
       segment_ids: int32 [B, T]; a query sees the keys of its own segment at or before its own index. 0 is padding:
-        its rows are zeros and nothing sees them. None means that each row is one document.
+        its rows are zeros and nothing sees them. None means that each row is one document. What `segments` makes of
+        them, once a step, lets cuDNN run packed rows.
       sliding_window: how many keys a query sees at most, itself included.
-      implementation: "xla" or None.
+      soft_cap: c: logits become c tanh(logits / c).
+      sinks: [N], one logit for each head that takes probability and has no value.
+      implementation: "cudnn" (float16 and bfloat16; no soft cap or sinks), "pallas", "xla", or None for the first of
+        these that can run the arguments on a GPU, and "xla" on a CPU.
 
     Returns:
       [B, T, N, H] in q's dtype. The forward pass names its residuals "attn_out" (this) and "attn_lse" (float32
-      [B, K, G, T]) for remat policies.
+      [B, N, T]) for remat policies.
 
     Raises:
-      ValueError: shapes that do not fit, or a window below 1.
+      ValueError: shapes that do not fit, a window below 1, a soft cap that is not positive.
       ImplementationError: the named implementation does not exist or cannot run these arguments.
+
+    >>> import jax.numpy as jnp
+    >>> from pallas_kernels import attention
+    >>> q = jnp.ones((1, 4, 2, 8))
+    >>> k = jnp.ones((1, 4, 1, 8))
+    >>> v = jnp.broadcast_to(jnp.arange(4.0)[None, :, None, None], k.shape)
+    >>> " ".join(f"{x:.1f}" for x in attention(q, k, v, scale=1.0)[0, :, 0, 0])
+    '0.0 0.5 1.0 1.5'
+    >>> two_documents = jnp.array([[1, 1, 2, 2]], jnp.int32)
+    >>> " ".join(f"{x:.1f}" for x in attention(q, k, v, scale=1.0, segment_ids=two_documents)[0, :, 0, 0])
+    '0.0 0.5 2.0 2.5'
     """
-    _check(q, k, v, sliding_window)
+    _check(q, k, v, sliding_window, soft_cap, sinks)
+    ids = segment_ids.ids if isinstance(segment_ids, Segments) else segment_ids
+    if k.shape[1] != q.shape[1] or (ids is not None and ids.shape != q.shape[:2]):
+        raise ValueError(
+            f"attention: q {q.shape}, k {k.shape} and segment_ids {None if ids is None else ids.shape} must have the "
+            "same B and T"
+        )
     return ATTENTION(
         q,
         k,
@@ -74,6 +109,8 @@ def attention(
         scale=scale,
         segment_ids=segment_ids,
         sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        sinks=sinks,
         implementation=implementation,
     )
 
@@ -86,6 +123,8 @@ def cached_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Attention over a key/value cache whose slot s holds position s; for generation.
@@ -97,16 +136,25 @@ def cached_attention(
       q_positions: int32 [B, T]; a query sees the slots s <= its position. A negative one sees nothing: zeros.
       scale: multiplies q . k.
       sliding_window: how many slots a query sees at most, its own included.
+      soft_cap: as in `attention`.
+      sinks: as in `attention`.
       implementation: "xla" or None.
 
     Returns:
       [B, T, N, H] in q's dtype.
 
     Raises:
-      ValueError: shapes that do not fit, or a window below 1.
+      ValueError: shapes that do not fit, a window below 1, a soft cap that is not positive.
       ImplementationError: the named implementation does not exist or cannot run these arguments.
+
+    >>> import jax.numpy as jnp
+    >>> from pallas_kernels import cached_attention
+    >>> cache = jnp.broadcast_to(jnp.arange(6.0)[None, :, None, None], (1, 6, 1, 8))
+    >>> q, position = jnp.zeros((1, 1, 2, 8)), jnp.array([[4]], jnp.int32)
+    >>> f"{cached_attention(q, cache, cache, position, scale=1.0)[0, 0, 0, 0]:.1f}"
+    '2.0'
     """
-    _check(q, k_cache, v_cache, sliding_window)
+    _check(q, k_cache, v_cache, sliding_window, soft_cap, sinks)
     return CACHED_ATTENTION(
         q,
         k_cache,
@@ -114,15 +162,28 @@ def cached_attention(
         q_positions,
         scale=scale,
         sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        sinks=sinks,
         implementation=implementation,
     )
 
 
-def _check(q: jax.Array, k: jax.Array, v: jax.Array, sliding_window: int | None) -> None:
+def _check(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    sinks: jax.Array | None,
+) -> None:
     if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0] or q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit [B, T, N, H], [B, S, K, H]")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"attention: sliding_window must be at least 1, not {sliding_window}")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"attention: soft_cap must be positive, not {soft_cap}")
+    if sinks is not None and sinks.shape != q.shape[2:3]:
+        raise ValueError(f"attention: sinks {sinks.shape} must hold one logit for each of the {q.shape[2]} heads")
 
 
 def _seen(
@@ -155,9 +216,15 @@ def _group(q: jax.Array, num_kv_heads: int) -> jax.Array:
     return q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
 
 
-def _logits(q_BTKGH: jax.Array, k: jax.Array, scale: float, seen: jax.Array) -> jax.Array:
+def _group_sinks(sinks: jax.Array, num_kv_heads: int) -> jax.Array:
+    """[N] -> float32 [1, K, G, 1]."""
+    return sinks.astype(jnp.float32).reshape(1, num_kv_heads, -1, 1)
+
+
+def _logits(q_BTKGH: jax.Array, k: jax.Array, scale: float, soft_cap: float | None, seen: jax.Array) -> jax.Array:
     """float32 [B, K, G, T, S], -inf where a key is not seen."""
-    return jnp.where(seen, einsum_float32("btkgh,bskh->bkgts", q_BTKGH, k) * scale, -jnp.inf)
+    z = einsum_float32("btkgh,bskh->bkgts", q_BTKGH, k) * scale
+    return jnp.where(seen, z if soft_cap is None else soft_cap * jnp.tanh(z / soft_cap), -jnp.inf)
 
 
 def _probabilities(logits: jax.Array, lse: jax.Array, seen: jax.Array) -> jax.Array:
@@ -165,63 +232,161 @@ def _probabilities(logits: jax.Array, lse: jax.Array, seen: jax.Array) -> jax.Ar
     return jnp.where(seen, jnp.exp(jnp.where(seen, logits - lse[..., None], 0)), 0)
 
 
-def _logsumexp(logits: jax.Array, seen: jax.Array) -> jax.Array:
-    """float32 [B, K, G, T]; 0 for a query that sees nothing."""
+def _logsumexp(logits: jax.Array, sinks: jax.Array | None, seen: jax.Array) -> jax.Array:
+    """float32 [B, K, G, T]; for a query that sees nothing its sink, or 0."""
     sees_any = jnp.any(seen, axis=-1)
-    largest = jnp.where(sees_any, jnp.max(logits, axis=-1), 0)
-    total = jnp.sum(_probabilities(logits, largest, seen), axis=-1)
-    return largest + jnp.log(jnp.where(sees_any, total, 1))
+    largest = jnp.max(logits, axis=-1, initial=-jnp.inf)
+    if sinks is None:
+        largest = jnp.where(sees_any, largest, 0)
+        total = jnp.sum(_probabilities(logits, largest, seen), axis=-1)
+        return largest + jnp.log(jnp.where(sees_any, total, 1))
+    sinks = jnp.broadcast_to(_group_sinks(sinks, logits.shape[1]), largest.shape)
+    largest = jnp.maximum(largest, sinks)
+    return largest + jnp.log(jnp.sum(_probabilities(logits, largest, seen), axis=-1) + jnp.exp(sinks - largest))
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns (out [B, T, N, H], lse [B, K, G, T])."""
-    logits = _logits(_group(q, k.shape[2]), k, scale, seen)
-    lse = _logsumexp(logits, seen)
+def _attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sinks: jax.Array | None,
+    scale: float,
+    soft_cap: float | None,
+    seen: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (out [B, T, N, H], lse [B, N, T])."""
+    logits = _logits(_group(q, k.shape[2]), k, scale, soft_cap, seen)
+    lse = _logsumexp(logits, sinks, seen)
     p = _probabilities(logits, lse, seen).astype(v.dtype)
     out = einsum_float32("bkgts,bskh->btkgh", p, v)
-    return out.reshape(q.shape).astype(q.dtype), lse
+    batch, length, num_heads, _ = q.shape
+    return out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, num_heads, length)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q, k, v, segment_ids, scale, sliding_window):
-    return _attend(q, k, v, scale, _causal_mask(q.shape[1], segment_ids, sliding_window))[0]
+def _xla_forward(q, k, v, segment_ids, sinks, *, scale, sliding_window, soft_cap):
+    return _attend(q, k, v, sinks, scale, soft_cap, _causal_mask(q.shape[1], segment_ids, sliding_window))
 
 
-def _attention_fwd(q, k, v, segment_ids, scale, sliding_window):
-    out, lse = _attend(q, k, v, scale, _causal_mask(q.shape[1], segment_ids, sliding_window))
-    # Named here, inside the forward rule: a remat policy cannot keep what is named outside a custom_vjp.
-    out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
-    return out, (q, k, v, segment_ids, out, lse)
-
-
-def _attention_bwd(scale, sliding_window, residuals, g):
-    q, k, v, segment_ids, out, lse = residuals
+def _xla_backward(q, k, v, segment_ids, sinks, out, lse, g, *, scale, sliding_window, soft_cap):
     seen = _causal_mask(q.shape[1], segment_ids, sliding_window)
     q_BTKGH, g_BTKGH = _group(q, k.shape[2]), _group(g, k.shape[2])
-    p = _probabilities(_logits(q_BTKGH, k, scale, seen), lse, seen)
+    batch, length, num_kv_heads, group, _ = q_BTKGH.shape
+    lse = lse.reshape(batch, num_kv_heads, group, length)
+    logits = _logits(q_BTKGH, k, scale, soft_cap, seen)
+    p = _probabilities(logits, lse, seen)
     dv = einsum_float32("bkgts,btkgh->bskh", p.astype(g.dtype), g_BTKGH)
     dp = einsum_float32("btkgh,bskh->bkgts", g_BTKGH, v)
     delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [B, T, N]
-    delta = jnp.moveaxis(delta.reshape(q_BTKGH.shape[:4]), 1, 3)[..., None]  # [B, K, G, T, 1]
-    ds = jnp.where(seen, p * (dp - delta) * scale, 0).astype(q.dtype)
-    dq = einsum_float32("bkgts,bskh->btkgh", ds, k)
-    dk = einsum_float32("bkgts,btkgh->bskh", ds, q_BTKGH)
-    return dq.reshape(q.shape).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    delta = jnp.moveaxis(delta.reshape(q_BTKGH.shape[:4]), 1, 3)  # [B, K, G, T]
+    dz = p * (dp - delta[..., None])
+    if soft_cap is not None:
+        dz = dz * (1 - (logits / soft_cap) ** 2)
+    dz = jnp.where(seen, dz * scale, 0).astype(q.dtype)
+    dq = einsum_float32("bkgts,bskh->btkgh", dz, k)
+    dk = einsum_float32("bkgts,btkgh->bskh", dz, q_BTKGH)
+    dsinks = None
+    if sinks is not None:
+        shares = jnp.exp(jnp.broadcast_to(_group_sinks(sinks, num_kv_heads), lse.shape) - lse)
+        dsinks = -jnp.sum(shares * delta, axis=(0, 3)).reshape(sinks.shape).astype(sinks.dtype)
+    return dq.reshape(q.shape).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dsinks
+
+
+def _xla_refuses(platform: str, q: Any, k: Any, v: Any, **facts: Any) -> str | None:
+    return None
+
+
+class _Kernels(NamedTuple):
+    """One implementation: (forward, backward, refuses); see `attention_pallas` for their signatures."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    refuses: Callable[..., str | None]
+
+
+_KERNELS = {
+    "xla": _Kernels(_xla_forward, _xla_backward, _xla_refuses),
+    "pallas": _Kernels(attention_pallas.forward, attention_pallas.backward, attention_pallas.refuses),
+    "cudnn": _Kernels(attention_cudnn.forward, attention_cudnn.backward, attention_cudnn.refuses),
+}
+
+
+def _run(direction: str, implementation: str, segment_ids: Any, arguments: tuple[Any, ...], facts: Any) -> Any:
+    """`implementation`'s forward or backward function of arguments = (q, k, v, sinks, ...)."""
+    function = getattr(_KERNELS[implementation], direction)
+    q, k, v, sinks, *rest = arguments
+    if not isinstance(segment_ids, Segments):
+        return function(q, k, v, segment_ids, sinks, *rest, **facts)
+    ids = segment_ids.ids
+    if implementation != "cudnn":
+        return function(q, k, v, ids, sinks, *rest, **facts)
+    # cuDNN's offsets cannot say what invalid ids mean: then another implementation runs, in both directions.
+    fallback = getattr(_KERNELS[_fallback(q, k, v, ids, sinks, facts)], direction)
+    return jax.lax.cond(
+        segment_ids.valid,
+        lambda: function(q, k, v, segment_ids, sinks, *rest, **facts),
+        lambda: fallback(q, k, v, ids, sinks, *rest, **facts),
+    )
+
+
+def _fallback(q: Any, k: Any, v: Any, ids: Any, sinks: Any, facts: Any) -> str:
+    reason = attention_pallas.refuses(backend.platform(), q, k, v, segment_ids=ids, sinks=sinks, **facts)
+    return "xla" if reason else "pallas"
+
+
+class _Static(NamedTuple):
+    """What `_attention` needs beside arrays; hashable."""
+
+    implementation: str
+    scale: float
+    sliding_window: int | None
+    soft_cap: float | None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"scale": self.scale, "sliding_window": self.sliding_window, "soft_cap": self.soft_cap}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static, q, k, v, segment_ids, sinks):
+    return _run("forward", static.implementation, segment_ids, (q, k, v, sinks), static.facts)[0]
+
+
+def _attention_fwd(static, q, k, v, segment_ids, sinks):
+    out, lse = _run("forward", static.implementation, segment_ids, (q, k, v, sinks), static.facts)
+    # Named here, inside the forward rule: a remat policy cannot keep what is named outside a custom_vjp.
+    out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
+    return out, (q, k, v, segment_ids, sinks, out, lse)
+
+
+def _attention_bwd(static, residuals, g):
+    q, k, v, segment_ids, sinks, out, lse = residuals
+    arguments = (q, k, v, sinks, out, lse, g)
+    dq, dk, dv, dsinks = _run("backward", static.implementation, segment_ids, arguments, static.facts)
+    return dq, dk, dv, None, dsinks
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _reference(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    scale: float,
-    segment_ids: jax.Array | None = None,
-    sliding_window: int | None = None,
-) -> jax.Array:
-    return _attention(q, k, v, segment_ids, scale, sliding_window)
+def _implementation(name: str) -> Implementation:
+    def function(q, k, v, *, scale, segment_ids=None, sliding_window=None, soft_cap=None, sinks=None):
+        return _attention(_Static(name, scale, sliding_window, soft_cap), q, k, v, segment_ids, sinks)
+
+    def refuses(platform, q, k, v, *, segment_ids=None, **facts):
+        if name != "cudnn" and isinstance(segment_ids, Segments):
+            segment_ids = segment_ids.ids
+        return _KERNELS[name].refuses(platform, q, k, v, segment_ids=segment_ids, **facts)
+
+    return Implementation(function, refuses)
+
+
+def _rank(platform: str, *args: Any, **kwargs: Any) -> tuple[Choice, ...]:
+    if platform != "gpu":
+        return (Choice("xla", "kernels run on GPUs only"),)
+    return (
+        Choice("cudnn", "cuDNN's fused kernels are the fastest on every length measured"),
+        Choice("pallas", "it never writes the logits to memory"),
+    )
 
 
 def _cached_reference(
@@ -232,46 +397,65 @@ def _cached_reference(
     *,
     scale: float,
     sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     key_index = jnp.arange(k_cache.shape[1], dtype=jnp.int32)[None, :]
-    return _attend(q, k_cache, v_cache, scale, _seen(q_positions, key_index, sliding_window))[0]
+    seen = _seen(q_positions, key_index, sliding_window)
+    return _attend(q, k_cache, v_cache, sinks, scale, soft_cap, seen)[0]
 
 
 def _case(
-    name: str, sizes: tuple[int, int, int, int, int], segments: list[list[int]] | None = None, window: int | None = None
+    name: str,
+    sizes: tuple[int, int, int, int, int],
+    ids: list[list[int]] | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: bool = False,
 ) -> Case:
     batch, length, num_heads, num_kv_heads, head_dim = sizes
     kv_shape = (batch, length, num_kv_heads, head_dim)
 
     def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
-        return {
+        arguments: dict[str, Any] = {
             "q": normal(rng, (batch, length, num_heads, head_dim), dtype),
             "k": normal(rng, kv_shape, dtype),
             "v": normal(rng, kv_shape, dtype),
             "scale": 1 / math.sqrt(head_dim),
-            "segment_ids": None if segments is None else jnp.asarray(np.array(segments, np.int32)),
+            "segment_ids": None if ids is None else jnp.asarray(np.array(ids, np.int32)),
             "sliding_window": window,
+            "soft_cap": soft_cap,
         }
+        return arguments | ({"sinks": normal(rng, (num_heads,), dtype)} if sinks else {})
 
     reduction = length * num_heads // num_kv_heads + head_dim
-    return Case(name, make, reduction=reduction, differentiable=("q", "k", "v"))
+    # A sink's gradient is summed over all queries.
+    reduction += batch * length * head_dim if sinks else 0
+    return Case(name, make, reduction=reduction, differentiable=("q", "k", "v") + (("sinks",) if sinks else ()))
 
 
 def _cached_case(
-    name: str, sizes: tuple[int, int, int, int, int, int], positions: list[list[int]], window: int | None = None
+    name: str,
+    sizes: tuple[int, int, int, int, int, int],
+    positions: list[list[int]],
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: bool = False,
 ) -> Case:
     batch, length, slots, num_heads, num_kv_heads, head_dim = sizes
     cache_shape = (batch, slots, num_kv_heads, head_dim)
 
     def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
-        return {
+        arguments: dict[str, Any] = {
             "q": normal(rng, (batch, length, num_heads, head_dim), dtype),
             "k_cache": normal(rng, cache_shape, dtype),
             "v_cache": normal(rng, cache_shape, dtype),
             "q_positions": jnp.asarray(np.array(positions, np.int32)),
             "scale": 1 / math.sqrt(head_dim),
             "sliding_window": window,
+            "soft_cap": soft_cap,
         }
+        return arguments | ({"sinks": normal(rng, (num_heads,), dtype)} if sinks else {})
 
     return Case(name, make, reduction=slots + head_dim)
 
@@ -279,14 +463,18 @@ def _cached_case(
 ATTENTION = register(
     Op(
         name="attention",
-        implementations={"xla": Implementation(_reference)},
+        implementations={name: _implementation(name) for name in _KERNELS},
         cases=(
             _case("one document", (2, 9, 4, 4, 16)),
             _case("grouped heads, window", (1, 33, 6, 2, 17), window=5),
             _case("packed, padded", (2, 11, 4, 2, 8), [[1] * 4 + [2] * 5 + [0] * 2, [1] + [2] * 2 + [3] * 8]),
             _case("packed, window", (1, 13, 3, 1, 10), [[1] * 6 + [2] * 6 + [0]], window=3),
-            _case("one token", (1, 1, 2, 1, 8)),
+            _case("soft cap", (1, 19, 4, 2, 16), soft_cap=1.5),
+            _case("sinks, packed, window", (2, 11, 4, 2, 8), [[1] * 4 + [2] * 5 + [0] * 2, [3] * 11], 4, sinks=True),
+            # With a sink: without one the gradients of q and k are 0, and nothing is small beside 0.
+            _case("one token", (1, 1, 2, 1, 8), sinks=True),
         ),
+        rank=_rank,
         roundings=4,
     )
 )
@@ -299,6 +487,7 @@ CACHED_ATTENTION = register(
             _cached_case("prefill", (2, 5, 9, 4, 2, 16), [[0, 1, 2, 3, 4], [0, 1, 2, -1, -1]]),
             _cached_case("one step, rows at different positions", (3, 1, 17, 6, 2, 10), [[0], [7], [16]]),
             _cached_case("window", (2, 3, 11, 2, 2, 8), [[4, 5, 6], [0, 1, 2]], window=4),
+            _cached_case("soft cap and sinks", (1, 3, 11, 4, 2, 8), [[4, 5, -1]], soft_cap=1.5, sinks=True),
         ),
         roundings=4,
     )

@@ -1,27 +1,63 @@
-"""A linear layer with a low-rank adapter (Hu et al. 2021, arXiv:2106.09685), over a plain or a quantized weight.
+"""Linear layers with low-rank adapters (Hu et al. 2021, arXiv:2106.09685), over plain or quantized weights.
 
-    y = x W^T + bias + scale (x_lora A^T) B^T      x [..., in], W [out, in], A [r, in], B [out, r]
+    y_i = x W_i^T + bias_i + l_i B_i^T    l_i = s_i x A_i^T    x [T, in], W_i [out_i, in], A_i [r_i, in], B_i [out_i, r_i]
 
-Every product is of two arrays in x's dtype, summed in float32. Gradients, with g the cotangent of one product x W^T:
+for one linear (`lora_linear`) or for several that read the same x (`lora_qkv`; `lora_mlp` is built of the same parts).
+With g_i the cotangent of y_i, the small factors come first, and the [T, r] products are shared:
 
-    dx = g W        dW = sum over tokens of g^T x, returned in W's dtype without a rounding to x's in between
+    d_i = s_i g_i B_i            dB_i = g_i^T l_i            dA_i = d_i^T x
+    dx = sum over i of g_i W_i + d_i A_i            dW_i = g_i^T x, only where W_i is being differentiated
 
-The rule is written out because autodiff of a mixed-precision product gives a float32 GEMM for dx and a bfloat16 dW.
-A quantized weight is decoded again in the backward pass: its residual is the packed weight, never a decoded one, and
-it gets no gradient. Nor is x kept for a plain weight that is not being differentiated.
+The A_i are one matrix [sum r_i, in] in all three places where they occur. With dropout the adapter's input is
+x * mask / keep, a mask for each linear; the mask is made again from its key in the backward pass.
+
+Every product is of two arrays in x's dtype, summed in float32. Products of T rows are rounded to x's dtype, and the
+low-rank one is made *before* the large one, which then adds it as it writes its result (one cuBLAS call, beta = 1):
+after it, it would read and write all of y again. XLA gives the addition to the sum's first term, so that is the large
+one. Gradients of parameters stay float32 until they take the parameter's
+own dtype. The rule is written out because autodiff of a mixed-precision product gives a float32 GEMM for dx and a
+bfloat16 dW, and because a decoded weight would be kept: a quantized weight is taken as frozen, is kept packed, and is
+decoded again in the backward pass. x is kept only where an adapter or a weight that trains needs it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import nf4
 from pallas_kernels.op import Case, Implementation, Op, normal, register
-from pallas_kernels.precision import einsum_float32
+from pallas_kernels.precision import einsum_float32, einsum_rounded
+
+LOW_RANK = "lora_low_rank"  # checkpoint name of every l_i: tiny, and recomputing it needs the adapter's whole input
+
+
+class LoraWeights(NamedTuple):
+    """The parameters of one linear.
+
+    Attributes:
+      weight: array [out, in] of any float dtype, or a pytree with a method `dequantize(dtype) -> [out, in]`, which is
+        taken to be frozen.
+      bias: [out] or None.
+      lora_A, lora_B: [r, in] and [out, r], or both None. Their gradients come in their own dtype.
+      scale: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA; a constant, without a gradient.
+      dropout_key: PRNG key of the adapter's dropout, or None to drop nothing.
+    """
+
+    weight: Any
+    bias: jax.Array | None = None
+    lora_A: jax.Array | None = None
+    lora_B: jax.Array | None = None
+    scale: float | jax.Array = 1.0
+    dropout_key: jax.Array | None = None
 
 
 def lora_linear(
@@ -32,74 +68,314 @@ def lora_linear(
     lora_B: jax.Array | None = None,
     *,
     scale: float | jax.Array = 1.0,
-    lora_x: jax.Array | None = None,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Returns x W^T (+ bias) + scale (lora_x A^T) B^T, [..., out] in x's dtype.
+    """Returns x W^T (+ bias) + scale (x A^T) B^T, [..., out] in x's dtype.
 
     Args:
       x: [..., in].
-      weight: array [out, in] of any float dtype, or a pytree with a method `dequantize(dtype) -> [out, in]`, which is
-        taken to be frozen.
-      bias: [out] or None.
-      lora_A, lora_B: [r, in] and [out, r], or both None. Their gradients come in their own dtype.
-      scale: lora_alpha / r.
-      lora_x: input of the adapter where it differs from x (dropout), [..., in] in x's dtype.
+      weight, bias, lora_A, lora_B, scale, dropout_key: see `LoraWeights`.
+      dropout: probability of dropping a value of the adapter's input, in [0, 1); only with a key.
       implementation: "xla" or None.
 
     Raises:
-      ValueError: only one of lora_A and lora_B is given.
+      ValueError: only one of lora_A and lora_B is given, shapes do not fit, or dropout is out of range.
       ImplementationError: the named implementation does not exist or cannot run these arguments.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from pallas_kernels import lora_linear
+      >>> x, weight = jnp.ones((2, 3)), jnp.ones((4, 3))
+      >>> lora_A, lora_B = jnp.ones((1, 3)), jnp.full((4, 1), 0.5)
+      >>> lora_linear(x, weight, None, lora_A, lora_B, scale=2.0)[0].tolist()
+      [6.0, 6.0, 6.0, 6.0]
+      >>> loss = lambda lora_B: jnp.sum(lora_linear(x, weight, None, lora_A, lora_B, scale=2.0))
+      >>> jax.grad(loss)(lora_B)[:, 0].tolist()
+      [12.0, 12.0, 12.0, 12.0]
     """
-    if (lora_A is None) != (lora_B is None):
-        raise ValueError("lora_linear: lora_A and lora_B come together, or not at all")
-    return LORA_LINEAR(x, weight, bias, lora_A, lora_B, scale=scale, lora_x=lora_x, implementation=implementation)
+    check_weights("lora_linear", x.shape[-1], {"": LoraWeights(weight, bias, lora_A, lora_B)}, dropout)
+    return LORA_LINEAR(
+        x,
+        weight,
+        bias,
+        lora_A,
+        lora_B,
+        scale=scale,
+        dropout=dropout,
+        dropout_key=dropout_key,
+        implementation=implementation,
+    )
 
 
-@jax.custom_vjp
-def _linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in] times the transpose of weight [out, in], in x's dtype."""
-    return einsum_float32("...i,oi->...o", x, weight.astype(x.dtype)).astype(x.dtype)
+def lora_qkv(
+    x: jax.Array,
+    q: LoraWeights,
+    k: LoraWeights,
+    v: LoraWeights,
+    *,
+    dropout: float = 0.0,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns three linears of one x, each [..., out] in x's dtype; any of them may have an adapter.
+
+    Args:
+      x: [..., in].
+      q, k, v: the parameters of each.
+      dropout: probability of dropping a value of an adapter's input, in [0, 1); for linears with a dropout_key.
+      implementation: "xla" or None.
+
+    Raises:
+      ValueError: a linear has only one of lora_A and lora_B, shapes do not fit, or dropout is out of range.
+      ImplementationError: the named implementation does not exist or cannot run these arguments.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from pallas_kernels import LoraWeights, lora_qkv
+      >>> x, wide, narrow = jnp.ones((2, 3)), jnp.ones((4, 3)), jnp.ones((2, 3))
+      >>> with_adapter = LoraWeights(wide, lora_A=jnp.ones((1, 3)), lora_B=jnp.ones((4, 1)), scale=0.5)
+      >>> q, k, v = lora_qkv(x, with_adapter, LoraWeights(narrow), LoraWeights(narrow, bias=jnp.ones(2)))
+      >>> q[0].tolist(), k[0].tolist(), v[0].tolist()
+      ([4.5, 4.5, 4.5, 4.5], [3.0, 3.0], [4.0, 4.0])
+    """
+    linears = {"q": q, "k": k, "v": v}
+    check_weights("lora_qkv", x.shape[-1], linears, dropout)
+    return LORA_QKV(x, **flatten(linears), dropout=dropout, implementation=implementation)
 
 
-def _linear_fwd(x, weight):
-    return _linear(x.value, weight.value), (x.value if weight.perturbed else None, weight.value)
+def check_weights(op: str, size_in: int, linears: dict[str, LoraWeights], dropout: float) -> None:
+    """Refuses linears whose parts do not fit each other or an input of `size_in` columns."""
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{op}: dropout must be in [0, 1), not {dropout}")
+    for name, (weight, _, lora_A, lora_B, *_) in linears.items():
+        of = f"{op}: {name}_" if name else f"{op}: "
+        if (lora_A is None) != (lora_B is None):
+            raise ValueError(f"{of}lora_A and lora_B come together, or not at all")
+        if isinstance(weight, jax.Array) and weight.shape[1:] != (size_in,):
+            raise ValueError(f"{of}weight {weight.shape} does not fit an input of {size_in} columns")
+        if lora_A is None or lora_B is None:
+            continue
+        if lora_A.shape[1] != size_in or lora_A.shape[0] != lora_B.shape[1]:
+            shapes = f"lora_A {lora_A.shape} and lora_B {lora_B.shape}"
+            raise ValueError(f"{of}{shapes} do not fit an input of {size_in} columns")
 
 
-def _linear_bwd(residuals, g):
-    x, weight = residuals
-    return _d_x(g, weight.astype(g.dtype)), None if x is None else _d_weight(g, x).astype(weight.dtype)
+def flatten(linears: dict[str, LoraWeights]) -> dict[str, Any]:
+    """{"q": weights} -> {"q_weight": ..., "q_bias": ...}: an op's arguments are arrays, each with its own name."""
+    return {f"{name}_{part}": x for name, weights in linears.items() for part, x in weights._asdict().items()}
 
 
-_linear.defvjp(_linear_fwd, _linear_bwd, symbolic_zeros=True)
+def gather(names: Sequence[str], arguments: dict[str, Any]) -> tuple[LoraWeights, ...]:
+    """The inverse of `flatten`; what is not among the arguments has its default."""
+    prefixed = [f"{name}_{part}" for name in names for part in LoraWeights._fields]
+    assert set(arguments) <= set(prefixed), f"unknown: {sorted(set(arguments) - set(prefixed))}"
+    return tuple(
+        LoraWeights(**{part: arguments[key] for part in LoraWeights._fields if (key := f"{name}_{part}") in arguments})
+        for name in names
+    )
 
 
-@jax.custom_vjp
-def _quantized_linear(x: jax.Array, weight: Any) -> jax.Array:
-    return _linear(x, weight.dequantize(x.dtype))
+def decoded(weight: Any, dtype: Any) -> jax.Array:
+    """[out, in] in `dtype`."""
+    return weight.dequantize(dtype) if hasattr(weight, "dequantize") else weight.astype(dtype)
 
 
-def _quantized_linear_fwd(x, weight):
-    return _quantized_linear(x, weight), weight
+def low_rank(x: jax.Array, linears: Sequence[LoraWeights], dropout: float) -> tuple[jax.Array | None, ...]:
+    """Every l_i [T, r_i] in x's dtype, named for remat policies; None where there is no adapter."""
+    adapted = [linear for linear in linears if linear.lora_A is not None]
+    if not adapted:
+        return (None,) * len(linears)
+    if _drops(linears, dropout):
+        products = [einsum_float32("ti,ri->tr", _dropped(x, p, dropout), p.lora_A.astype(x.dtype)) for p in adapted]
+    else:
+        products = _split(einsum_float32("ti,ri->tr", x, _stacked_A(adapted, x.dtype)), adapted, axis=1)
+    scaled = [scaled_low_rank(y, p, x.dtype) for y, p in zip(products, adapted, strict=True)]
+    return _at_adapters(linears, scaled)
 
 
-def _quantized_linear_bwd(weight, g):
-    return _d_x(g, weight.dequantize(g.dtype)), None
+def scaled_low_rank(product: jax.Array, linear: LoraWeights, dtype: Any) -> jax.Array:
+    """l_i (or d_i) of a float32 product with A_i (or B_i), named for remat policies."""
+    return checkpoint_name((product * _scale(linear)).astype(dtype), LOW_RANK)
 
 
-_quantized_linear.defvjp(_quantized_linear_fwd, _quantized_linear_bwd)
+def _times_weight(x: jax.Array, weight: Any) -> jax.Array:
+    """x W^T [T, out] in x's dtype: the one place where a quantized weight could be multiplied without decoding it."""
+    # Without the barrier XLA joins the products that share x: it copies their weights into one, and its result apart.
+    return einsum_rounded("ti,oi->to", *jax.lax.optimization_barrier((x, decoded(weight, x.dtype))), x.dtype)
 
 
-def _d_x(g: jax.Array, weight: jax.Array) -> jax.Array:
-    return einsum_float32("...o,oi->...i", g, weight).astype(g.dtype)
+def apply(x: jax.Array, linear: LoraWeights, low: jax.Array | None) -> jax.Array:
+    """y_i [T, out_i], given l_i."""
+    y = _times_weight(x, linear.weight)
+    if low is not None:
+        y = y + einsum_rounded("tr,or->to", low, linear.lora_B.astype(x.dtype), x.dtype)
+    return y if linear.bias is None else y + jnp.broadcast_to(linear.bias.astype(y.dtype), y.shape)
 
 
-def _d_weight(g: jax.Array, x: jax.Array) -> jax.Array:
-    """float32 [out, in], summed over all leading axes."""
-    return einsum_float32("no,ni->oi", g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1]))
+def low_rank_cotangents(
+    linears: Sequence[LoraWeights], cotangents: Sequence[jax.Array]
+) -> tuple[jax.Array | None, ...]:
+    """Every d_i [T, r_i] in the cotangents' dtype; None where there is no adapter."""
+    return tuple(
+        None
+        if linear.lora_B is None
+        else scaled_low_rank(einsum_float32("to,or->tr", g, linear.lora_B.astype(g.dtype)), linear, g.dtype)
+        for linear, g in zip(linears, cotangents, strict=True)
+    )
 
 
-def _reference(
+def input_cotangent(
+    linears: Sequence[LoraWeights],
+    cotangents: Sequence[jax.Array],
+    d_low: Sequence[jax.Array | None],
+    dropout: float,
+) -> jax.Array:
+    """dx [T, in]: the low-rank part first, then each g_i W_i added to it."""
+    dtype = cotangents[0].dtype
+    adapted = [(linear, d) for linear, d in zip(linears, d_low, strict=True) if d is not None]
+    parts = []
+    if adapted and _drops(linears, dropout):
+        for p, d in adapted:
+            through = einsum_rounded("tr,ri->ti", d, p.lora_A.astype(dtype), dtype)
+            parts.append(_dropped(through, p, dropout))
+    elif adapted:
+        stacked = jnp.concatenate([d for _, d in adapted], axis=1)
+        parts.append(einsum_rounded("tr,ri->ti", stacked, _stacked_A([p for p, _ in adapted], dtype), dtype))
+    for linear, g in zip(linears, cotangents, strict=True):
+        parts.append(einsum_rounded("to,oi->ti", g, decoded(linear.weight, dtype), dtype))
+    return functools.reduce(lambda done, part: part + done, parts)
+
+
+def parameter_cotangents(
+    x: jax.Array | None,
+    linears: Sequence[LoraWeights],
+    trains: Sequence[bool],
+    cotangents: Sequence[jax.Array],
+    low: Sequence[jax.Array | None],
+    d_low: Sequence[jax.Array | None],
+    dropout: float,
+) -> tuple[LoraWeights, ...]:
+    """dW, dbias, dA and dB of every linear, in each one's dtype; `trains` says which plain weights want theirs."""
+    d_A = _d_A(x, linears, d_low, dropout)
+    found = []
+    for linear, train, g, low_i, d_A_i in zip(linears, trains, cotangents, low, d_A, strict=True):
+        d_weight = einsum_float32("to,ti->oi", g, x).astype(linear.weight.dtype) if train else None
+        bias, lora_A, lora_B = linear.bias, linear.lora_A, linear.lora_B
+        d_bias = None if bias is None else jnp.sum(g.astype(jnp.float32), axis=0).astype(bias.dtype)
+        d_B = None if low_i is None else einsum_float32("to,tr->or", g, low_i).astype(lora_B.dtype)
+        d_A_i = None if d_A_i is None else d_A_i.astype(lora_A.dtype)
+        found.append(LoraWeights(d_weight, d_bias, d_A_i, d_B, None, None))  # pyright: ignore[reportArgumentType]
+    return tuple(found)
+
+
+def _d_A(
+    x: jax.Array | None, linears: Sequence[LoraWeights], d_low: Sequence[jax.Array | None], dropout: float
+) -> Sequence[jax.Array | None]:
+    adapted = [(linear, d) for linear, d in zip(linears, d_low, strict=True) if d is not None]
+    if not adapted or x is None:
+        return (None,) * len(linears)
+    if _drops(linears, dropout):
+        products = [einsum_float32("tr,ti->ri", d, _dropped(x, p, dropout)) for p, d in adapted]
+    else:
+        stacked = jnp.concatenate([d for _, d in adapted], axis=1)
+        products = _split(einsum_float32("tr,ti->ri", stacked, x), [p for p, _ in adapted], axis=0)
+    return _at_adapters(linears, products)
+
+
+def _stacked_A(linears: Sequence[LoraWeights], dtype: Any) -> jax.Array:
+    return jnp.concatenate([linear.lora_A for linear in linears], axis=0).astype(dtype)
+
+
+def _split(x: jax.Array, linears: Sequence[LoraWeights], axis: int) -> list[jax.Array]:
+    """Parts of `x` as long as each linear's rank."""
+    ends = np.cumsum([linear.lora_A.shape[0] for linear in linears])
+    return jnp.split(x, ends[:-1], axis=axis)
+
+
+def _at_adapters(linears: Sequence[LoraWeights], values: Sequence[jax.Array]) -> tuple[jax.Array | None, ...]:
+    """One value for each linear with an adapter, None for the others."""
+    remaining = iter(values)
+    return tuple(None if linear.lora_A is None else next(remaining) for linear in linears)
+
+
+def _scale(linear: LoraWeights) -> jax.Array:
+    return jnp.asarray(linear.scale, jnp.float32).reshape(1, 1)
+
+
+def _drops(linears: Sequence[LoraWeights], dropout: float) -> bool:
+    return dropout > 0 and any(linear.dropout_key is not None for linear in linears)
+
+
+def _dropped(x: jax.Array, linear: LoraWeights, dropout: float) -> jax.Array:
+    """x * mask / keep: the adapter's input, and what its cotangent goes back through."""
+    if linear.dropout_key is None:
+        return x
+    keep = np.float32(1.0 - dropout)
+    mask = jax.random.bernoulli(linear.dropout_key, keep, x.shape)
+    return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
+
+
+def instantiate(cotangent: Any) -> jax.Array:
+    """The zeros behind the cotangent of a result that nothing uses."""
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return jnp.zeros(cotangent.shape, cotangent.dtype)
+    return cotangent
+
+
+def values(primals: Any) -> Any:
+    """The values of what a forward rule with symbolic zeros gets."""
+    return jax.tree.map(
+        lambda primal: primal.value, primals, is_leaf=lambda x: isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
+    )
+
+
+def trained(linears: Sequence[LoraWeights]) -> tuple[bool, ...]:
+    """Which weights are plain arrays that are being differentiated, of a forward rule's arguments."""
+    primal = jax.custom_derivatives.CustomVJPPrimal
+    return tuple(isinstance(linear.weight, primal) and linear.weight.perturbed for linear in linears)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linears(dropout: float, x: jax.Array, linears: tuple[LoraWeights, ...]) -> tuple[jax.Array, ...]:
+    """Linears that share x [T, in]."""
+    return _forward(dropout, x, linears)[0]
+
+
+def _forward(
+    dropout: float, x: jax.Array, linears: tuple[LoraWeights, ...]
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array | None, ...]]:
+    low = low_rank(x, linears, dropout)
+    return tuple(apply(x, linear, low_i) for linear, low_i in zip(linears, low, strict=True)), low
+
+
+def _linears_fwd(dropout, x, linears):
+    trains = trained(linears)
+    x, linears = x.value, values(linears)
+    out, low = _forward(dropout, x, linears)
+    needs_x = any(trains) or any(linear.lora_A is not None for linear in linears)
+    return out, (x if needs_x else None, linears, low, tuple(() if train else None for train in trains))
+
+
+def _linears_bwd(dropout, residuals, cotangents):
+    x, linears, low, trains = residuals
+    cotangents = tuple(map(instantiate, cotangents))
+    d_low = low_rank_cotangents(linears, cotangents)
+    trains = [train is not None for train in trains]
+    d_linears = parameter_cotangents(x, linears, trains, cotangents, low, d_low, dropout)
+    return input_cotangent(linears, cotangents, d_low, dropout), d_linears
+
+
+_linears.defvjp(_linears_fwd, _linears_bwd, symbolic_zeros=True)
+
+
+def _shared_input(dropout: float, x: jax.Array, linears: tuple[LoraWeights, ...]) -> tuple[jax.Array, ...]:
+    """`_linears` over any leading axes."""
+    out = _linears(dropout, x.reshape(-1, x.shape[-1]), linears)
+    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in out)
+
+
+def _linear_reference(
     x: jax.Array,
     weight: Any,
     bias: jax.Array | None = None,
@@ -107,43 +383,128 @@ def _reference(
     lora_B: jax.Array | None = None,
     *,
     scale: float | jax.Array = 1.0,
-    lora_x: jax.Array | None = None,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    base = _quantized_linear if hasattr(weight, "dequantize") else _linear
-    y = base(x, weight).astype(jnp.float32)
-    if bias is not None:
-        y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
-    if lora_A is not None and lora_B is not None:
-        low_rank = _linear(x if lora_x is None else lora_x, lora_A)
-        y = y + _linear(low_rank, lora_B).astype(jnp.float32) * scale
-    return y.astype(x.dtype)
+    return _shared_input(dropout, x, (LoraWeights(weight, bias, lora_A, lora_B, scale, dropout_key),))[0]
 
 
-def _case(name: str, batch: tuple[int, ...], sizes: tuple[int, int, int], adapter: bool, bias: bool) -> Case:
-    size_in, size_out, rank = sizes
+def _qkv_reference(x: jax.Array, *, dropout: float = 0.0, **arguments: Any) -> tuple[jax.Array, ...]:
+    return _shared_input(dropout, x, gather(("q", "k", "v"), arguments))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """An NF4 weight for cases, tests and benchmarks; jaxft.quant has the complete one.
+
+    Attributes:
+      codes, absmax, nested_absmax, nested_offset: see `pallas_kernels.nf4`.
+    """
+
+    codes: jax.Array
+    absmax: jax.Array
+    nested_absmax: jax.Array | None
+    nested_offset: jax.Array | None
+
+    def dequantize(self, dtype: Any) -> jax.Array:
+        """The weight [out, in] in `dtype`."""
+        return nf4.dequantize(self.codes, self.absmax, self.nested_absmax, self.nested_offset, dtype=dtype)
+
+
+def case_weights(
+    rng: np.random.Generator, dtype: Any, sizes: tuple[int, int], rank: int | None, *, bias: bool, packed: bool
+) -> LoraWeights:
+    """Parameters of one linear [out, in] = `sizes` for a case, scaled so that outputs are O(1)."""
+    size_out, size_in = sizes
+    weight = normal(rng, sizes, jnp.float32 if packed else dtype, scale=size_in**-0.5)
+    return LoraWeights(
+        Packed(*jax.jit(functools.partial(nf4.quantize, double_quantization=False))(weight)) if packed else weight,
+        normal(rng, (size_out,), dtype) if bias else None,
+        normal(rng, (rank, size_in), jnp.float32, scale=size_in**-0.5) if rank else None,
+        normal(rng, (size_out, rank), jnp.float32, scale=rank**-0.5) if rank else None,
+        scale=0.75,
+        dropout_key=None,
+    )
+
+
+def case_differentiable(name: str, rank: int | None, *, bias: bool, packed: bool) -> tuple[str, ...]:
+    """Which of one linear's parameters a case differentiates."""
+    parts = ["weight"] * (not packed) + ["bias"] * bias + ["lora_A", "lora_B"] * (rank is not None)
+    return tuple(f"{name}{part}" for part in parts)
+
+
+def _linear_case(
+    name: str,
+    batch: tuple[int, ...],
+    sizes: tuple[int, int],
+    rank: int | None,
+    *,
+    bias: bool = False,
+    packed: bool = False,
+    dropout: float = 0.0,
+) -> Case:
+    def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
+        x = normal(rng, (*batch, sizes[1]), dtype)
+        weights = case_weights(rng, dtype, sizes, rank, bias=bias, packed=packed)
+        key = jax.random.key(0) if dropout else None
+        return {"x": x, **weights._asdict(), "dropout": dropout, "dropout_key": key}
+
+    differentiable = ("x", *case_differentiable("", rank, bias=bias, packed=packed))
+    return Case(name, make, reduction=max(math.prod(batch), *sizes), differentiable=differentiable)
+
+
+def _qkv_case(
+    name: str,
+    tokens: int,
+    size_in: int,
+    sizes_out: tuple[int, int, int],
+    ranks: tuple[int | None, int | None, int | None],
+    *,
+    bias: bool = False,
+    packed: bool = False,
+    dropout: float = 0.0,
+) -> Case:
+    parts = tuple(zip("qkv", sizes_out, ranks, strict=True))
 
     def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
-        return {
-            "x": normal(rng, (*batch, size_in), dtype),
-            "weight": normal(rng, (size_out, size_in), dtype, scale=size_in**-0.5),
-            "bias": normal(rng, (size_out,), dtype) if bias else None,
-            "lora_A": normal(rng, (rank, size_in), jnp.float32, scale=size_in**-0.5) if adapter else None,
-            "lora_B": normal(rng, (size_out, rank), jnp.float32, scale=rank**-0.5) if adapter else None,
-            "scale": 0.75,
+        x = normal(rng, (tokens, size_in), dtype)
+        linears = {
+            part: case_weights(rng, dtype, (size, size_in), rank, bias=bias, packed=packed)._replace(
+                dropout_key=jax.random.key(size) if dropout else None
+            )
+            for part, size, rank in parts
         }
+        return {"x": x, **flatten(linears), "dropout": dropout}
 
-    differentiable = ["x", "weight"] + ["bias"] * bias + ["lora_A", "lora_B"] * adapter
-    return Case(name, make, reduction=max(math.prod(batch), size_in, size_out), differentiable=tuple(differentiable))
+    differentiable = [
+        field for part, _, rank in parts for field in case_differentiable(f"{part}_", rank, bias=bias, packed=packed)
+    ]
+    return Case(name, make, reduction=max(tokens, size_in, *sizes_out), differentiable=("x", *differentiable))
 
 
 LORA_LINEAR = register(
     Op(
         name="lora_linear",
-        implementations={"xla": Implementation(_reference)},
+        implementations={"xla": Implementation(_linear_reference)},
         cases=(
-            _case("adapter", (2, 7), (33, 49, 4), adapter=True, bias=False),
-            _case("adapter, bias", (5,), (64, 17, 1), adapter=True, bias=True),
-            _case("plain", (3, 1, 5), (19, 23, 1), adapter=False, bias=False),
+            _linear_case("adapter", (2, 7), (49, 33), 4),
+            _linear_case("adapter, bias", (5,), (17, 64), 1, bias=True),
+            _linear_case("plain", (3, 1, 5), (23, 19), None),
+            _linear_case("over NF4, dropout", (7,), (33, 66), 3, packed=True, dropout=0.25),
+        ),
+        roundings=4,
+    )
+)
+
+LORA_QKV = register(
+    Op(
+        name="lora_qkv",
+        implementations={"xla": Implementation(_qkv_reference)},
+        cases=(
+            _qkv_case("grouped heads", 7, 33, (24, 8, 8), (4, 4, 4)),
+            _qkv_case("over NF4, k without adapter, two ranks", 5, 66, (20, 10, 10), (3, None, 1), packed=True),
+            _qkv_case("bias, dropout", 9, 20, (16, 8, 8), (2, 2, 2), bias=True, dropout=0.5),
         ),
         roundings=4,
     )

@@ -80,6 +80,7 @@ class Op:
       rank: `(platform, *args, **kwargs)` -> what `implementation=None` would like to run, fastest first. The first
         one that does not refuse runs; where all do, the reference.
       roundings: how many roundings to the storage dtype a result may see; sets the tolerance.
+      replaces, saves: in a few words, what the fastest implementation stands in for and what that saves.
     """
 
     name: str
@@ -87,6 +88,8 @@ class Op:
     cases: tuple[Case, ...]
     rank: Callable[..., tuple[Choice, ...]] = reference_is_fastest
     roundings: int = 2
+    replaces: str = ""
+    saves: str = ""
 
     @property
     def reference(self) -> Callable[..., Any]:

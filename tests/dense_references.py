@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.nf4 import NESTED_QUANT_MAP, QUANT_MAP
 
 
-def rms_norm(x, weight, *, eps):
-    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps) * jnp.broadcast_to(weight, x.shape)
+def rms_norm(x, weight, *, eps, weight_offset):
+    weight = jnp.broadcast_to(weight_offset + weight, x.shape)
+    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps) * weight
+
+
+def add_rms_norm(x, residual, weight, *, eps, weight_offset):
+    return rms_norm(x + residual, weight, eps=eps, weight_offset=weight_offset), x + residual
 
 
 def rope(q, k, cos, sin):
@@ -22,49 +28,115 @@ def rope(q, k, cos, sin):
     return rotate(q), rotate(k)
 
 
-def gated_activation(gate, up, *, activation):
+def gated_activation(gate, up, *, activation, alpha=1.702, limit=7.0):
+    if activation == "clamped_swiglu":
+        gate, up = jnp.where(gate > limit, limit, gate), jnp.where(jnp.abs(up) > limit, limit * jnp.sign(up), up) + 1
     cubic = gate + 0.044715 * gate**3
     factor = {
         "silu": 1 / (1 + jnp.exp(-gate)),
         "gelu": (1 + jax.lax.erf(gate / jnp.sqrt(2.0))) / 2,
         "gelu_pytorch_tanh": (1 + jnp.tanh(jnp.sqrt(2 / jnp.pi) * cubic)) / 2,
+        "clamped_swiglu": 1 / (1 + jnp.exp(-alpha * gate)),
     }[activation]
     return gate * factor * up
 
 
-def attention(q, k, v, *, scale, segment_ids, sliding_window):
+def gated_activation_backward(gate, up, g, *, activation):
+    h, pull_back = jax.vjp(lambda gate, up: gated_activation(gate, up, activation=activation), gate, up)
+    return h, *pull_back(g)
+
+
+def attention(q, k, v, *, scale, segment_ids, sliding_window, soft_cap=None, sinks=None):
     batch, length = q.shape[:2]
     segment_ids = jnp.ones((batch, length), jnp.int32) if segment_ids is None else segment_ids
     t, s = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
     seen = (t >= s) & (t - s < (sliding_window or length))
     seen = seen[None] & (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, :, None] != 0)
-    return _masked_attention(q, k, v, scale, seen)
+    return _masked_attention(q, k, v, scale, seen, soft_cap, sinks)
 
 
-def cached_attention(q, k_cache, v_cache, q_positions, *, scale, sliding_window):
+def cached_attention(q, k_cache, v_cache, q_positions, *, scale, sliding_window, soft_cap=None, sinks=None):
     slots = k_cache.shape[1]
     distance = q_positions[:, :, None] - jnp.arange(slots, dtype=jnp.int32)[None, None, :]
-    return _masked_attention(q, k_cache, v_cache, scale, (distance >= 0) & (distance < (sliding_window or slots)))
+    seen = (distance >= 0) & (distance < (sliding_window or slots))
+    return _masked_attention(q, k_cache, v_cache, scale, seen, soft_cap, sinks)
 
 
-def _masked_attention(q, k, v, scale, seen):
+def _masked_attention(q, k, v, scale, seen, soft_cap, sinks):
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    logits = jnp.where(seen[:, None], jnp.einsum("btnh,bsnh->bnts", q, k) * scale, -1e30)
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k) * scale
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    logits = jnp.where(seen[:, None], logits, -1e30)
+    if sinks is not None:  # one more key, whose value is zero
+        logits = jnp.append(logits, jnp.broadcast_to(sinks[None, :, None, None], (*logits.shape[:3], 1)), axis=-1)
+        v = jnp.pad(v, ((0, 0), (0, 1), (0, 0), (0, 0)))
+        seen = jnp.pad(seen, ((0, 0), (0, 0), (0, 1)), constant_values=True)
     p = jax.nn.softmax(logits, axis=-1) * jnp.where(seen[:, None], 1.0, 0.0)
     return jnp.einsum("bnts,bsnh->btnh", p, v)
 
 
-def linear_cross_entropy(hidden, head, targets, weights, *, chunk_size):
-    log_p = jax.nn.log_softmax(hidden @ head.T, axis=-1)
-    loss = -jnp.take_along_axis(log_p, targets[:, None], axis=1)[:, 0]
+def _head_logits(hidden, head, bias, soft_cap, logit_scale):
+    z = logit_scale * (hidden @ head.T + jnp.broadcast_to(0.0 if bias is None else bias, (len(hidden), len(head))))
+    return z if soft_cap is None else soft_cap * jnp.tanh(z / soft_cap)
+
+
+def linear_cross_entropy(
+    hidden,
+    head,
+    targets,
+    weights,
+    *,
+    chunk_size,
+    bias=None,
+    soft_cap=None,
+    logit_scale=1.0,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    ignore_index=-100,
+):
+    logits = _head_logits(hidden, head, bias, soft_cap, logit_scale)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    one_hot = (targets[:, None] == jnp.arange(len(head), dtype=targets.dtype)[None, :]).astype(log_p.dtype)
+    wanted = (1 - label_smoothing) * one_hot + label_smoothing / len(head)
+    loss = -jnp.sum(wanted * log_p, axis=-1) + z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2
     # The weight of a token that is not computed has no gradient: see the op.
+    weights = jnp.where(targets == ignore_index, 0, weights)
     return jnp.sum(jnp.where(weights != 0, weights * loss, 0)), jnp.sum(weights)
 
 
-def lora_linear(x, weight, bias, lora_A, lora_B, *, scale):
-    w = weight if lora_A is None else weight + scale * lora_B @ lora_A
-    y = x @ w.T
+def selected_log_probs(hidden, head, targets, *, chunk_size, bias=None, soft_cap=None, logit_scale=1.0):
+    logits = _head_logits(hidden, head, bias, soft_cap, logit_scale)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    return jnp.take_along_axis(log_p, targets[:, None], axis=1)[:, 0], entropy, jax.nn.logsumexp(logits, axis=-1)
+
+
+def lora_linear(x, weight, bias, lora_A, lora_B, *, scale, dropout, dropout_key):
+    if hasattr(weight, "codes"):
+        weight = nf4_dequantize(weight.codes, weight.absmax, None, None, layer=None, dtype=None)
+    y = x @ weight.T
+    if lora_A is not None:
+        lora_x = x
+        if dropout:
+            mask = jax.random.bernoulli(dropout_key, np.float32(1 - dropout), x.reshape(-1, x.shape[-1]).shape)
+            lora_x = jnp.where(mask.reshape(x.shape), x, 0) / (1 - dropout)
+        y = y + scale * lora_x @ lora_A.T @ lora_B.T
     return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
+
+
+def _lora_part(x, name, parameters, dropout):
+    mine = {key.removeprefix(f"{name}_"): p for key, p in parameters.items() if key.startswith(f"{name}_")}
+    return lora_linear(x, **mine, dropout=dropout)
+
+
+def lora_qkv(x, *, dropout, **parameters):
+    return tuple(_lora_part(x, name, parameters, dropout) for name in "qkv")
+
+
+def lora_mlp(x, *, activation, dropout, **parameters):
+    gate, up = (_lora_part(x, name, parameters, dropout) for name in ("gate", "up"))
+    return _lora_part(gated_activation(gate, up, activation=activation), "down", parameters, dropout)
 
 
 def nf4_dequantize(codes, absmax, nested_absmax, nested_offset, layer, dtype):
@@ -75,3 +147,14 @@ def nf4_dequantize(codes, absmax, nested_absmax, nested_offset, layer, dtype):
         absmax = jnp.asarray(NESTED_QUANT_MAP, scales.dtype)[absmax] * scales + nested_offset
     values = jnp.asarray(QUANT_MAP, absmax.dtype)[jnp.stack([codes // 16, codes % 16], axis=-1)]
     return values.reshape(codes.shape[0], -1) * jnp.repeat(absmax, 64)[: values.size].reshape(codes.shape[0], -1)
+
+
+def grouped_matmul(x, weight, group_sizes, lora_A, lora_B, *, scale):
+    w = weight if lora_A is None else weight + scale * lora_B @ lora_A
+    group = jnp.sum(jnp.arange(x.shape[0])[:, None] >= jnp.cumsum(group_sizes)[None, :], axis=1)
+    chosen = jax.nn.one_hot(group, weight.shape[0], dtype=x.dtype)
+    return jnp.einsum("me,eoi,mi->mo", chosen, w, x)
+
+
+def nf4_matmul(x, codes, absmax, nested_absmax, nested_offset, layer):
+    return x @ nf4_dequantize(codes, absmax, nested_absmax, nested_offset, layer, x.dtype).T

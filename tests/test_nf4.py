@@ -64,7 +64,7 @@ def test_dequantize_gives_bitsandbytes_bits(case: str, kind: str) -> None:
     np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
 def test_the_kernel_gives_the_references_bits(dtype) -> None:
     stack = NF4Tensor.stack([quantized(normal(8, 768, seed=seed)) for seed in range(2)])
     arrays = stack.codes, stack.absmax, stack.nested_absmax, stack.nested_offset
@@ -86,12 +86,22 @@ def test_the_kernel_is_in_the_program_for_a_gpu_and_reads_the_stack_in_place() -
         text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     (kernel_call,) = [line for line in text.splitlines() if "custom_call @" in line]
     assert "triton" in kernel_call
-    assert f"tensor<2x{8 * 768 // 2}xui8>" in kernel_call
+    assert f"tensor<2x{8 * 768 // 8}xi32>" in kernel_call
 
 
-def test_the_kernel_refuses_partial_blocks() -> None:
-    with pytest.raises(ImplementationError, match="'pallas' cannot run this: 5 x 50 values are not whole blocks of 64"):
-        nf4.dequantize(*jax.jit(nf4.quantize)(normal(5, 50)), implementation="pallas")
+def test_the_kernel_decodes_a_partial_block_and_program() -> None:
+    arrays = jax.jit(nf4.quantize)(normal(12, 1010))
+    got, want = (nf4.dequantize(*arrays, implementation=name) for name in ("pallas", "xla"))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_the_kernel_refuses_partial_words() -> None:
+    arrays = jax.jit(nf4.quantize)(normal(5, 50))
+    with pytest.raises(
+        ImplementationError, match="'pallas' cannot run this: 5 x 50 codes do not fill words of 32 bits"
+    ):
+        nf4.dequantize(*arrays, implementation="pallas")
+    np.testing.assert_array_equal(nf4.dequantize(*arrays), nf4.dequantize(*arrays, implementation="xla"))
 
 
 def test_quantize_is_deterministic_and_refuses_odd_columns() -> None:

@@ -13,20 +13,45 @@ import pytest
 
 import dense_references
 from jaxpr_tools import all_equations
-from pallas_kernels import OPS, Case, ImplementationError, Op, attention, gated_activation, lora_linear, rms_norm
+from lowering import h100, kernel_names, lowered_text
+from pallas_kernels import (
+    OPS,
+    Case,
+    ImplementationError,
+    Op,
+    attention,
+    backend,
+    explain,
+    gated_activation,
+    lora_linear,
+    rms_norm,
+)
 from pallas_kernels import linear_cross_entropy as loss_op
 
 # For what is compared with, and for program transformations: most of these tests' time is LLVM's.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0}
-EACH_CASE = [pytest.param(op, case, id=f"{op.name}: {case.name}") for op in OPS.values() for case in op.cases]
+WITHOUT_PRODUCTS = (
+    "rms_norm",
+    "add_rms_norm",
+    "rope",
+    "gated_activation",
+    "gated_activation_backward",
+    "nf4_dequantize",
+    "nf4_quantize",
+    "adamw_8bit",
+)
 EACH_CASE_AND_DTYPE = [
     pytest.param(op, case, dtype, id=f"{op.name}: {case.name}, {dtype.__name__}", marks=marks)
     for op in OPS.values()
     for case in op.cases
     for dtype in (jnp.float32, jnp.bfloat16)
-    for marks in [pytest.mark.slow if dtype == jnp.bfloat16 and case != op.cases[0] else ()]
+    for marks in [() if case == op.cases[0] else pytest.mark.slow]
 ]
-EACH_DIFFERENTIABLE = [pytest.param(op, op.cases[0], id=op.name) for op in OPS.values() if op.cases[0].differentiable]
+EACH_IMPLEMENTATION = [(op, name) for op in OPS.values() for name in op.implementations]
+EACH_DIFFERENTIABLE = [
+    pytest.param(op, name, id=f"{op.name}: {name}") for op, name in EACH_IMPLEMENTATION if op.cases[0].differentiable
+]
+EACH_KERNEL = [pytest.param(op, name, id=f"{op.name}: {name}") for op, name in EACH_IMPLEMENTATION if name == "pallas"]
 
 
 def is_float(value: Any) -> bool:
@@ -41,7 +66,6 @@ def arguments_of(case: Case, dtype: Any = jnp.float32) -> tuple[dict[str, jax.Ar
 
 def supported(op: Op, arguments: dict[str, Any]) -> list[str]:
     """The op's implementations that take these arguments on this platform; the reference is always one."""
-    platform = jax.default_backend()
     names = [name for name in op.implementations if op.refuses(name, **arguments) is None]
     assert "xla" in names
     return names
@@ -50,6 +74,15 @@ def supported(op: Op, arguments: dict[str, Any]) -> list[str]:
 def as_float64(tree: Any) -> Any:
     """Float arrays as numpy float64, the rest as it is."""
     return jax.tree.map(lambda x: np.asarray(x).astype(np.float64) if is_float(x) else x, tree)
+
+
+def poison_free_memory() -> None:
+    """On a GPU, fills memory that the next program's outputs will get with NaN: what a kernel does not write shows.
+
+    Interpreted kernels get NaN without this (test_unwritten_output_is_nan).
+    """
+    if jax.default_backend() == "gpu":
+        jax.block_until_ready([jnp.full((1 << size,), jnp.nan, jnp.float32) for size in range(6, 24)])
 
 
 def random_like(tree: Any) -> Any:
@@ -90,6 +123,7 @@ def test_value_and_gradients(op: Op, case: Case, dtype: Any) -> None:
             reference, *as_float64((arguments, rest, cotangents)), compiler_options=QUICK_COMPILE
         )
     for name in supported(op, arguments | rest):
+        poison_free_memory()
         out, gradients = pulled_back(op.implementations[name].function, arguments, rest, cotangents)
         errors = [*jax.tree.map(relative_error, jax.tree.leaves(out), jax.tree.leaves(want_out))]
         errors += [relative_error(gradients[key], want_gradients[key]) for key in arguments]
@@ -97,12 +131,16 @@ def test_value_and_gradients(op: Op, case: Case, dtype: Any) -> None:
         assert all(gradients[key].dtype == arguments[key].dtype for key in arguments)
 
 
-@pytest.mark.parametrize(("op", "case"), EACH_DIFFERENTIABLE)
-def test_gradients_under_scan_checkpoint_and_vmap(op: Op, case: Case) -> None:
+@pytest.mark.parametrize(("op", "implementation"), EACH_DIFFERENTIABLE)
+def test_gradients_under_scan_checkpoint_and_vmap(op: Op, implementation: str) -> None:
+    case = op.cases[0]
     arguments, rest = arguments_of(case)
+    if op.refuses(implementation, **arguments, **rest):
+        pytest.skip(f"{implementation} does not run on {jax.default_backend()}")
 
     def loss(arguments: dict[str, jax.Array]) -> jax.Array:
-        return sum((jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(op(**arguments, **rest))), jnp.float32(0))
+        out = op(**arguments, **rest, implementation=implementation)
+        return sum((jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(out)), jnp.float32(0))
 
     def scanned(stacked: dict[str, jax.Array]) -> jax.Array:
         return jax.lax.scan(lambda sum, one: (sum + jax.checkpoint(loss)(one), None), jnp.float32(0), stacked)[0]
@@ -116,16 +154,49 @@ def test_gradients_under_scan_checkpoint_and_vmap(op: Op, case: Case) -> None:
         assert max(relative_error(got[name], want[name]) for name in want) <= op.tolerance(case, jnp.float32)
 
 
-@pytest.mark.parametrize(("op", "case"), EACH_CASE)
-def test_float32_products_are_exact(op: Op, case: Case) -> None:
-    """A GPU would otherwise round float32 to TF32, which no CPU test would notice."""
-    arguments, rest = arguments_of(case)
-    out = jax.eval_shape(lambda arguments: op(**arguments, **rest), arguments)
-    jaxpr = jax.make_jaxpr(lambda *args: jax.vjp(lambda a: op(**a, **rest), args[0])[1](args[1]))(arguments, out)
+@pytest.mark.parametrize(("op", "implementation"), EACH_KERNEL)
+def test_kernels_are_in_the_program_for_a_gpu(op: Op, implementation: str) -> None:
+    """Forward and backward are lowered for an H100, whatever machine this is; the reference has no kernel in it."""
+    arguments, rest = arguments_of(op.cases[0], jnp.bfloat16)
+
+    def program(name: str) -> str:
+        def run(arguments: dict[str, jax.Array]) -> Any:
+            out, pull_back = jax.vjp(lambda a: op(**a, **rest, implementation=name), arguments)
+            return out, pull_back(jax.tree.map(jnp.ones_like, out)) if arguments else out
+
+        return lowered_text(run, arguments)
+
+    assert kernel_names(program(implementation)).total() >= (2 if arguments else 1)
+    assert kernel_names(program("xla")).total() == 0
+
+
+@pytest.mark.parametrize(("op", "implementation"), EACH_KERNEL)
+def test_forward_mode_of_a_kernel_is_refused(op: Op, implementation: str) -> None:
+    """By JAX's error for a custom_vjp; the references that are plain JAX can be differentiated either way."""
+    arguments, rest = arguments_of(op.cases[0])
+    if arguments:
+        with pytest.raises(TypeError, match="forward-mode"):
+            jax.jvp(lambda a: op(**a, **rest, implementation=implementation), (arguments,), (arguments,))
+
+
+@pytest.mark.parametrize(
+    ("op", "implementation"), [pytest.param(*row, id=f"{row[0].name}: {row[1]}") for row in EACH_IMPLEMENTATION]
+)
+def test_float32_products_are_exact(op: Op, implementation: str) -> None:
+    """A GPU would otherwise round float32 to TF32, which no CPU test would notice; in kernels too."""
+    arguments, rest = arguments_of(op.cases[0])
+    if op.refuses(implementation, **arguments, **rest):
+        pytest.skip(f"{implementation} does not run on {jax.default_backend()}")
+
+    def run(arguments: dict[str, jax.Array]) -> Any:
+        out, pull_back = jax.vjp(lambda a: op(**a, **rest, implementation=implementation), arguments)
+        return pull_back(out)
+
     highest = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
-    products = [equation for equation in all_equations(jaxpr) if equation.primitive.name == "dot_general"]
+    equations = all_equations(jax.make_jaxpr(run)(arguments))
+    products = [equation for equation in equations if equation.primitive.name == "dot_general"]
     assert all(equation.params["precision"] == highest for equation in products)
-    assert products or op.name in ("rms_norm", "rope", "gated_activation", "nf4_dequantize")
+    assert products or op.name in WITHOUT_PRODUCTS
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
@@ -136,6 +207,28 @@ def test_a_named_implementation_is_used_or_refused(op: Op) -> None:
         assert op.choose(**arguments, implementation=name).implementation == name
     with pytest.raises(ImplementationError, match="unknown implementation 'cudnn9'; it has xla"):
         op(**arguments, implementation="cudnn9")
+
+
+def test_unwritten_output_is_nan() -> None:
+    """The control of every test here: a kernel that forgets an element cannot pass."""
+
+    def forgets_the_last(x_ref: Any, out_ref: Any) -> None:
+        backend.store(out_ref.at[backend.ds(0, 8)], backend.load(x_ref.at[backend.ds(0, 8)]))
+
+    out = backend.call(forgets_the_last, jnp.ones(9), out=jax.ShapeDtypeStruct((9,), jnp.float32), grid=(1,))
+    assert np.isnan(out[8]) or jax.default_backend() != "cpu"
+    np.testing.assert_array_equal(out[:8], 1)
+
+
+def test_explain_says_what_runs_and_why_not_the_others() -> None:
+    codes, absmax = jax.ShapeDtypeStruct((64, 128), jnp.uint8), jax.ShapeDtypeStruct((256,), jnp.float32)
+    assert str(explain("nf4_dequantize", codes, absmax)).startswith("nf4_dequantize on cpu: xla, because")
+    with h100():
+        explanation = explain("nf4_dequantize", codes, absmax)
+    assert (explanation.platform, explanation.choice.implementation) == ("gpu", "pallas")
+    assert explanation.others == {"xla": "pallas is faster here"}
+    with pytest.raises(ValueError, match="no op 'nf5'; there are "):
+        explain("nf5")
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 import pallas_kernels as pk
 from jaxft.models.config import DecoderConfig, LayerFacts
-from jaxft.models.layers import Linear, RMSNorm
+from jaxft.models.layers import Linear, RMSNorm, dropout_rate
 
 
 class SequenceInfo(NamedTuple):
@@ -80,9 +80,12 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns the output [B, T, D] and the cache with this layer's keys and values in it (None without one)."""
         c = self.config
-        q_BTNH = self._heads(self.q_proj(x_BTD, dropout_key), c.num_attention_heads)
-        k_BTKH = self._heads(self.k_proj(x_BTD, dropout_key), c.num_key_value_heads)
-        v_BTKH = self._heads(self.v_proj(x_BTD, dropout_key), c.num_key_value_heads)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = pk.lora_qkv(
+            x_BTD, *(p.parameters(dropout_key) for p in projections), dropout=dropout_rate(*projections)
+        )
+        q_BTNH = self._heads(q, c.num_attention_heads)
+        k_BTKH, v_BTKH = self._heads(k, c.num_key_value_heads), self._heads(v, c.num_key_value_heads)
         if c.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH, k_BTKH = pk.rope(q_BTNH, k_BTKH, info.cos, info.sin)

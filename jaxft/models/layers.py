@@ -79,25 +79,23 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """x [..., in] -> [..., out]; LoRA dropout is applied only with a key."""
-        bias = None if self.bias is None else self.bias.get_value()
-        if self.lora_A is None or self.lora_B is None:
-            return pk.lora_linear(x, self.weight.get_value(), bias)
-        return pk.lora_linear(
-            x,
+        return pk.lora_linear(x, **self.parameters(dropout_key)._asdict(), dropout=self.lora_dropout)
+
+    def parameters(self, dropout_key: jax.Array | None = None) -> pk.LoraWeights:
+        """What `pallas_kernels` computes with; the dropout key becomes this linear's own."""
+        if dropout_key is not None:
+            dropout_key = jax.random.fold_in(dropout_key, zlib.crc32(self.name.encode()) & 0x7FFFFFFF)
+        return pk.LoraWeights(
             self.weight.get_value(),
-            bias,
-            self.lora_A.get_value(),
-            self.lora_B.get_value(),
+            *(None if part is None else part.get_value() for part in (self.bias, self.lora_A, self.lora_B)),
             scale=self.lora_scale,
-            lora_x=self._dropped(x, dropout_key),
+            dropout_key=dropout_key,
         )
 
-    def _dropped(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        if key is None or self.lora_dropout == 0.0:
-            return x
-        keep = 1.0 - self.lora_dropout
-        mask = jax.random.bernoulli(jax.random.fold_in(key, zlib.crc32(self.name.encode()) & 0x7FFFFFFF), keep, x.shape)
-        return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
+
+def dropout_rate(*linears: Linear) -> float:
+    """The dropout of those linears that have an adapter; `jaxft.lora.attach` gives them all the same."""
+    return max(linear.lora_dropout for linear in linears)
 
 
 class RMSNorm(nnx.Module):

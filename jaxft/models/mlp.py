@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 import pallas_kernels as pk
 from jaxft.models.config import DecoderConfig
-from jaxft.models.layers import Linear
+from jaxft.models.layers import Linear, dropout_rate
 
 
 class MLP(nnx.Module):
@@ -22,5 +22,10 @@ class MLP(nnx.Module):
         self.down_proj = Linear("down_proj", f, d, bias=bias, stack=stack, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-        gate_BTF, up_BTF = self.gate_proj(x_BTD, dropout_key), self.up_proj(x_BTD, dropout_key)
-        return self.down_proj(pk.gated_activation(gate_BTF, up_BTF, activation=self.activation), dropout_key)
+        linears = (self.gate_proj, self.up_proj, self.down_proj)
+        return pk.lora_mlp(
+            x_BTD,
+            *(linear.parameters(dropout_key) for linear in linears),
+            activation=self.activation,
+            dropout=dropout_rate(*linears),
+        )

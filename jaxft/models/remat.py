@@ -15,7 +15,7 @@ from jaxft.errors import JaxftError
 RematPolicy = Literal["none", "full", "offload"]
 
 LAYER_INPUT = "layer_input"
-CHECKPOINT_NAMES = (LAYER_INPUT, "attn_out", "attn_lse")
+CHECKPOINT_NAMES = (LAYER_INPUT, "attn_out", "attn_lse", "gate", "up", "lora_low_rank")
 
 
 def parse_remat(value: str | bool | None) -> RematPolicy:

@@ -1,0 +1,428 @@
+"""The linear layer of a mixture of experts: rows sorted by expert, each group of rows times its expert's weight.
+
+Row i belongs to the expert e whose group it is in; W_e [out, in], A_e [r, in], B_e [out, r]:
+
+    y[i] = x[i] W_e^T + scale (x[i] A_e^T) B_e^T            rows beyond the last group: y[i] = 0
+
+The adapter stays split: W + scale B A is never formed. Gradients, with g the cotangent of y and h = x A_e^T:
+
+    dh[i] = g[i] B_e            dx[i] = g[i] W_e + scale dh[i] A_e
+    dA_e  = scale sum_i dh[i]^T x[i]        dB_e = scale sum_i g[i]^T h[i]        dW_e = sum_i g[i]^T x[i]
+
+with sums over the rows of e's group. So there are two products, each of which comes in two directions:
+
+    rows times experts    [M, K] x [E, N, K] (or [E, K, N]) -> [M, N]     y, h, dh, dx
+    sums over groups      [M, P] x [M, Q] -> [E, P, Q]                     dA, dB, dW
+
+Products are of arrays in x's dtype, summed in float32; h and dh are rounded to x's dtype.
+
+Kernel: XLA cuts the groups into tiles of rows, none over a group's edge; there are at most M // block + E + 1 of them
+(the last group are the rows that belong to nobody, which get zeros), so the grid is static and programs without a tile
+do nothing. Programs run through 8 tiles of rows for one tile of columns, then for the next, so that the tiles of x and
+those of an expert's weight are both still in the L2 cache when they are read again.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import backend
+from pallas_kernels.op import Case, Choice, Implementation, Op, normal, register
+
+SWIZZLE = 8  # tiles of rows that share a tile of columns
+
+
+def grouped_matmul(
+    x: jax.Array,
+    weight: Any,
+    group_sizes: jax.Array,
+    lora_A: jax.Array | None = None,
+    lora_B: jax.Array | None = None,
+    *,
+    scale: float | jax.Array = 1.0,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Returns [M, out] in x's dtype: each row of x times its expert's weight, with an optional adapter per expert.
+
+    Example: three rows of the first expert, none of the second, one of the third, and one of nobody.
+
+      >>> import jax.numpy as jnp
+      >>> from pallas_kernels.grouped_matmul import grouped_matmul
+      >>> x = jnp.ones((5, 4))
+      >>> weight = jnp.ones((3, 2, 4)) * jnp.array([1.0, 2.0, 3.0])[:, None, None]
+      >>> y = grouped_matmul(x, weight, jnp.array([3, 0, 1]))
+      >>> y[:, 0].tolist()
+      [4.0, 4.0, 4.0, 12.0, 0.0]
+      >>> lora_A, lora_B = jnp.ones((3, 1, 4)), jnp.ones((3, 2, 1))
+      >>> grouped_matmul(x, weight, jnp.array([3, 0, 1]), lora_A, lora_B, scale=0.5)[:, 0].tolist()
+      [6.0, 6.0, 6.0, 14.0, 0.0]
+
+    Args:
+      x: [M, in], sorted by expert.
+      weight: array [E, out, in] of any float dtype, or a pytree with a method `dequantize(dtype) -> [E, out, in]`,
+        which is taken to be frozen and decoded again in the backward pass.
+      group_sizes: int32 [E], how many rows belong to each expert; at most M in all. Rows beyond them give zeros.
+      lora_A, lora_B: [E, r, in] and [E, out, r], or both None. Their gradients come in their own dtype.
+      scale: lora_alpha / r; a constant, it gets no gradient.
+      implementation: "xla", "pallas" or None.
+
+    Raises:
+      ValueError: shapes do not fit, or only one of lora_A and lora_B is given.
+      ImplementationError: the named implementation does not exist or cannot run these arguments.
+    """
+    if (lora_A is None) != (lora_B is None):
+        raise ValueError("grouped_matmul: lora_A and lora_B come together, or not at all")
+    if x.ndim != 2 or group_sizes.ndim != 1 or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(f"grouped_matmul: needs x [M, in], not {x.shape}, and integer group_sizes [E]")
+    experts, size_in = group_sizes.shape[0], x.shape[1]
+    if not hasattr(weight, "dequantize") and (weight.ndim != 3 or weight.shape[::2] != (experts, size_in)):
+        raise ValueError(f"grouped_matmul: weight {weight.shape} does not fit [{experts}, out, {size_in}]")
+    if lora_A is not None and (lora_A.ndim != 3 or lora_A.shape[::2] != (experts, size_in)):
+        raise ValueError(f"grouped_matmul: lora_A {lora_A.shape} does not fit [{experts}, r, {size_in}]")
+    return GROUPED_MATMUL(x, weight, group_sizes, lora_A, lora_B, scale=scale, implementation=implementation)
+
+
+def _decoded(weight: Any, dtype: Any) -> jax.Array:
+    """[E, out, in] in `dtype`."""
+    return weight.dequantize(dtype) if hasattr(weight, "dequantize") else weight.astype(dtype)
+
+
+# --- the rule, for every implementation of the two products -------------------------------------------------------
+
+
+def _run(
+    products: Any,
+    x: jax.Array,
+    weight: Any,
+    group_sizes: jax.Array,
+    lora_A: jax.Array | None = None,
+    lora_B: jax.Array | None = None,
+    *,
+    scale: float | jax.Array = 1.0,
+) -> jax.Array:
+    lora = None if lora_A is None or lora_B is None else (lora_A, lora_B)
+    # A constant by contract; as an operand it may still be traced.
+    scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
+    return _grouped(products, x, weight, group_sizes.astype(jnp.int32), lora, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(products, x, weight, group_sizes, lora, scale):
+    return _forward(products, x, weight, group_sizes, lora, scale)[0]
+
+
+def _forward(products, x, weight, group_sizes, lora, scale):
+    """(y, h): h is None without an adapter."""
+    groups = products(x, group_sizes)
+    if lora is None:
+        return groups.times(x, _decoded(weight, x.dtype), transposed=True), None
+    lora_A, lora_B = (factor.astype(x.dtype) for factor in lora)
+    h = groups.times(x, lora_A, transposed=True)
+    return groups.times(x, _decoded(weight, x.dtype), (h, lora_B, scale), transposed=True), h
+
+
+def _fwd(products, x, weight, group_sizes, lora, scale):
+    weight_trains = any(leaf.perturbed for leaf in jax.tree.leaves(weight)) and not hasattr(weight, "dequantize")
+    x, weight, group_sizes, lora, scale = jax.tree.map(lambda leaf: leaf.value, (x, weight, group_sizes, lora, scale))
+    y, h = _forward(products, x, weight, group_sizes, lora, scale)
+    kept = x if weight_trains or lora is not None else None
+    return y, (kept, weight, group_sizes, lora, scale, h, weight_trains)
+
+
+def _bwd(products, residuals, g):
+    x, weight, group_sizes, lora, scale, h, weight_trains = residuals
+    groups = products(g, group_sizes)
+    decoded = _decoded(weight, g.dtype)
+    d_weight = groups.sums(g, x, jnp.float32(1), weight.dtype) if weight_trains else None
+    if lora is None:
+        return groups.times(g, decoded, transposed=False), d_weight, None, None, None
+    lora_A, lora_B = (factor.astype(g.dtype) for factor in lora)
+    d_h = groups.times(g, lora_B, transposed=False)
+    d_x = groups.times(g, decoded, (d_h, lora_A, scale), transposed=False)
+    d_lora = groups.sums(d_h, x, scale, lora[0].dtype), groups.sums(g, h, scale, lora[1].dtype)
+    return d_x, d_weight, None, d_lora, None
+
+
+_grouped.defvjp(_fwd, _bwd, symbolic_zeros=True)
+
+
+# --- XLA ----------------------------------------------------------------------------------------------------------
+
+
+class _Ragged:
+    """The two products by `jax.lax.ragged_dot_general`."""
+
+    def __init__(self, rows: jax.Array, group_sizes: jax.Array) -> None:
+        self.group_sizes = group_sizes
+
+    def times(self, rows, experts, low_rank=None, *, transposed):
+        y = self._product(rows, experts, ((1,), (2 if transposed else 1,)), grouped=(0,))
+        if low_rank is not None:
+            h, factor, scale = low_rank
+            y = y + scale * self._product(h, factor, ((1,), (2 if transposed else 1,)), grouped=(0,))
+        inside = jnp.arange(rows.shape[0]) < jnp.sum(self.group_sizes)
+        return jnp.where(inside[:, None], y, 0).astype(rows.dtype)
+
+    def sums(self, left, right, scale, dtype):
+        return (scale * self._product(left, right, ((0,), (0,)), grouped=())).astype(dtype)
+
+    def _product(self, left: jax.Array, right: jax.Array, contracted: Any, grouped: tuple[int, ...]) -> jax.Array:
+        return jax.lax.ragged_dot_general(
+            left,
+            right,
+            self.group_sizes,
+            jax.lax.RaggedDotDimensionNumbers((contracted, ((), ())), (0,), grouped),
+            precision=jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None,
+            preferred_element_type=jnp.float32,
+        )
+
+
+# --- Pallas -------------------------------------------------------------------------------------------------------
+
+
+class _Tiled:
+    """The two products by kernels.
+
+    Private arguments of `times` and `sums` are for tuning: sizes of a tile, warps and stages.
+    """
+
+    def __init__(self, rows: jax.Array, group_sizes: jax.Array) -> None:
+        self.group_sizes = group_sizes
+
+    def times(self, rows, experts, low_rank=None, *, transposed, block=None, num_warps=None, num_stages=None):
+        (num_rows, size_k), (num_experts, *size) = rows.shape, experts.shape
+        size_n = size[0] if transposed else size[1]
+        out = jax.ShapeDtypeStruct((num_rows, size_n), rows.dtype)
+        if 0 in (num_rows, size_k, size_n, num_experts):
+            return jnp.zeros(out.shape, out.dtype)
+        block_m, block_n, block_k = block or _times_block(num_rows // num_experts, size_n, size_k, rows.dtype)
+        tiles = _row_tiles(self.group_sizes, num_rows, block_m)
+        h, factor, scale = (None, None, jnp.float32(1)) if low_rank is None else low_rank
+        low = () if factor is None else _padded_rank(h, factor, transposed)
+        return backend.call(
+            _grouped_matmul_kernel,
+            tiles,
+            scale.reshape(1),
+            rows,
+            experts,
+            *low,
+            out=out,
+            grid=(tiles.shape[1] * _cdiv(size_n, block_n),),
+            num_warps=num_warps or (8 if block_m * block_n >= 128 * 128 else 4),
+            num_stages=num_stages or 3,
+            block_m=block_m,
+            block_n=block_n,
+            block_k=block_k,
+            transposed=transposed,
+        )
+
+    def sums(self, left, right, scale, dtype, *, block=None, num_warps=4, num_stages=3):
+        (num_rows, size_p), size_q, num_experts = left.shape, right.shape[1], self.group_sizes.shape[0]
+        out = jax.ShapeDtypeStruct((num_experts, size_p, size_q), dtype)
+        if 0 in (num_rows, size_p, size_q, num_experts):
+            return jnp.zeros(out.shape, out.dtype)
+        block_p, block_q, block_rows = block or _sums_block(size_p, size_q, left.dtype)
+        return backend.call(
+            _grouped_sums_kernel,
+            _starts(self.group_sizes),
+            scale.reshape(1),
+            left,
+            right,
+            out=out,
+            grid=(_cdiv(size_p, block_p), _cdiv(size_q, block_q), num_experts),
+            num_warps=num_warps,
+            num_stages=num_stages,
+            block_p=block_p,
+            block_q=block_q,
+            block_rows=block_rows,
+        )
+
+
+def _cdiv(n: int, block: int) -> int:
+    return -(-n // block)
+
+
+def _power_of_two(n: int, most: int) -> int:
+    """The smallest power of two that holds n, from 16 (what a tile of `dot` needs) to `most`."""
+    return min(max(16, 1 << (n - 1).bit_length()), most)
+
+
+def _times_block(rows_per_expert: int, size_n: int, size_k: int, dtype: Any) -> tuple[int, int, int]:
+    """(rows, columns, reduction) of a tile: three of them in flight fit in shared memory."""
+    wide = 2 if jnp.dtype(dtype).itemsize == 2 else 1
+    block_m = 128 if wide == 2 and rows_per_expert >= 64 else _power_of_two(max(rows_per_expert, 1), 64)
+    return block_m, _power_of_two(size_n, 128 * wide), _power_of_two(size_k, 32 * wide)
+
+
+def _sums_block(size_p: int, size_q: int, dtype: Any) -> tuple[int, int, int]:
+    """(left columns, right columns, rows) of a tile."""
+    most = 128 if jnp.dtype(dtype).itemsize == 2 else 64
+    return _power_of_two(size_p, most), _power_of_two(size_q, most), most // 2
+
+
+def _starts(group_sizes: jax.Array) -> jax.Array:
+    """int32 [E + 1]: the first row of each group, and of what belongs to nobody."""
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(group_sizes, dtype=jnp.int32)])
+
+
+def _row_tiles(group_sizes: jax.Array, num_rows: int, block: int) -> jax.Array:
+    """int32 [3, tiles]: expert, first row and row to stop at; expert E gets zeros, and a tile without rows is idle."""
+    starts = _starts(group_sizes)
+    stops = jnp.concatenate([starts[1:], jnp.full(1, num_rows, jnp.int32)])
+    last_tiles = jnp.cumsum((stops - starts + block - 1) // block, dtype=jnp.int32)
+    first_tiles = jnp.concatenate([jnp.zeros(1, jnp.int32), last_tiles[:-1]])
+    most = num_rows // block + group_sizes.shape[0] + 1
+    tile = jnp.arange(_cdiv(most, SWIZZLE) * SWIZZLE, dtype=jnp.int32)
+    group = jnp.sum(last_tiles[None, :] <= tile[:, None], axis=1, dtype=jnp.int32)
+    known = jnp.minimum(group, group_sizes.shape[0])
+    start = starts[known] + (tile - first_tiles[known]) * block
+    return jnp.stack([known, start, jnp.where(group == known, stops[known], start)])
+
+
+def _padded_rank(h: jax.Array, factor: jax.Array, transposed: bool) -> tuple[jax.Array, jax.Array]:
+    """h [M, r] and a factor [E, N, r] (or [E, r, N]) with the rank filled up with zeros to what a tile holds."""
+    more = _power_of_two(h.shape[1], 1 << 30) - h.shape[1]
+    rank_axis = 2 if transposed else 1
+    return jnp.pad(h, ((0, 0), (0, more))), jnp.pad(factor, [(0, more * (axis == rank_axis)) for axis in range(3)])
+
+
+def _grouped_matmul_kernel(
+    tiles_ref, scale_ref, x_ref, w_ref, *refs, block_m: int, block_n: int, block_k: int, transposed: bool
+) -> None:
+    """One tile [block_m, block_n] of the result.
+
+    Rows and columns beyond the edge are read from the last one instead of masked: they are not stored.
+    """
+    out_ref = refs[-1]
+    (num_rows, size_k), num_experts, size_n = x_ref.shape, w_ref.shape[0], out_ref.shape[1]
+    tile, n_tile = _swizzled(backend.program_id(0), _cdiv(size_n, block_n))
+    expert, start, stop = (tiles_ref[row, tile] for row in range(3))
+    row, n = start + jnp.arange(block_m), n_tile * block_n + jnp.arange(block_n)
+    stored = (row < stop)[:, None] & (n < size_n)[None, :]
+    row_read, n_read = jnp.minimum(row, num_rows - 1), jnp.minimum(n, size_n - 1)
+    expert_read = jnp.minimum(expert, num_experts - 1)
+
+    def add(step: jax.Array, sum: jax.Array) -> jax.Array:
+        k = step * block_k + jnp.arange(block_k)
+        ragged = size_k % block_k != 0
+        x = _load(x_ref.at[row_read[:, None], k[None, :]], (k < size_k)[None, :] if ragged else None)
+        if transposed:
+            w = _load(w_ref.at[expert_read, n_read[:, None], k[None, :]], (k < size_k)[None, :] if ragged else None)
+        else:
+            w = _load(w_ref.at[expert_read, k[:, None], n_read[None, :]], (k < size_k)[:, None] if ragged else None)
+        return sum + backend.dot(x, w, trans_y=transposed)
+
+    steps = jnp.where((expert < num_experts) & (start < stop), jnp.int32(_cdiv(size_k, block_k)), jnp.int32(0))
+    sum = jax.lax.fori_loop(jnp.int32(0), steps, add, jnp.zeros((block_m, block_n), jnp.float32))
+    if len(refs) == 3:
+        h_ref, factor_ref = refs[:2]
+        rank = jnp.arange(h_ref.shape[1])
+        h = backend.load(h_ref.at[row_read[:, None], rank[None, :]])
+        if transposed:
+            factor = backend.load(factor_ref.at[expert_read, n_read[:, None], rank[None, :]])
+        else:
+            factor = backend.load(factor_ref.at[expert_read, rank[:, None], n_read[None, :]])
+        scale = jnp.where(expert < num_experts, scale_ref[0], 0)
+        sum = sum + scale * backend.dot(h, factor, trans_y=transposed)
+    backend.store(out_ref.at[row[:, None], n[None, :]], sum.astype(out_ref.dtype), mask=stored)
+
+
+def _swizzled(program: jax.Array, n_tiles: int) -> tuple[jax.Array, jax.Array]:
+    """(tile of rows, tile of columns): SWIZZLE tiles of rows for a tile of columns, then the next columns."""
+    band, within = program // (SWIZZLE * n_tiles), program % (SWIZZLE * n_tiles)
+    return band * SWIZZLE + within % SWIZZLE, within // SWIZZLE
+
+
+def _load(ref: Any, mask: jax.Array | None) -> jax.Array:
+    if mask is None:
+        return backend.load(ref)
+    return backend.load(ref, mask=jnp.broadcast_to(mask, ref.shape), other=0)
+
+
+def _grouped_sums_kernel(
+    starts_ref, scale_ref, left_ref, right_ref, out_ref, *, block_p: int, block_q: int, block_rows: int
+) -> None:
+    """One tile [block_p, block_q] of scale sum_i left[i]^T right[i] over the rows of one group."""
+    _, size_p, size_q = out_ref.shape
+    p_tile, q_tile, expert = (backend.program_id(axis) for axis in range(3))
+    p, q = p_tile * block_p + jnp.arange(block_p), q_tile * block_q + jnp.arange(block_q)
+    p_read, q_read = jnp.minimum(p, size_p - 1), jnp.minimum(q, size_q - 1)
+    start, stop = starts_ref[expert], starts_ref[expert + 1]
+
+    def add(step: jax.Array, sum: jax.Array) -> jax.Array:
+        row = start + step * block_rows + jnp.arange(block_rows)
+        inside = (row < stop)[:, None]
+        left = backend.load(
+            left_ref.at[row[:, None], p_read[None, :]],
+            mask=jnp.broadcast_to(inside, (block_rows, block_p)),
+            other=0,
+        )
+        right = backend.load(
+            right_ref.at[row[:, None], q_read[None, :]],
+            mask=jnp.broadcast_to(inside, (block_rows, block_q)),
+            other=0,
+        )
+        return sum + backend.dot(left, right, trans_x=True)
+
+    steps = (stop - start + block_rows - 1) // block_rows
+    sum = jax.lax.fori_loop(jnp.int32(0), steps, add, jnp.zeros((block_p, block_q), jnp.float32))
+    sum = sum * scale_ref[0]
+    stored = (p < size_p)[:, None] & (q < size_q)[None, :]
+    backend.store(out_ref.at[expert, p[:, None], q[None, :]], sum.astype(out_ref.dtype), mask=stored)
+
+
+# --- the op -------------------------------------------------------------------------------------------------------
+
+
+def _pallas_refuses(platform: str, x: jax.Array, *args: Any, **kwargs: Any) -> str | None:
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"it computes in float32, bfloat16 or float16, not {x.dtype}"
+    return backend.refuses_platform(platform)
+
+
+def _rank(platform: str, x: jax.Array, *args: Any, **kwargs: Any) -> tuple[Choice, ...]:
+    if platform == "gpu":
+        why = "XLA multiplies every row by every expert's weight and masks the rest; the kernel only by its own"
+        return (Choice("pallas", why),)
+    return (Choice("xla", "the kernel is for GPUs"),)
+
+
+def _case(name: str, group_sizes: tuple[int, ...], rows: int, sizes: tuple[int, int, int], adapter: bool) -> Case:
+    size_in, size_out, rank = sizes
+    experts = len(group_sizes)
+
+    def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
+        return {
+            "x": normal(rng, (rows, size_in), dtype),
+            "weight": normal(rng, (experts, size_out, size_in), dtype, scale=size_in**-0.5),
+            "group_sizes": jnp.array(group_sizes, jnp.int32),
+            "lora_A": normal(rng, (experts, rank, size_in), jnp.float32, scale=size_in**-0.5) if adapter else None,
+            "lora_B": normal(rng, (experts, size_out, rank), jnp.float32, scale=rank**-0.5) if adapter else None,
+            "scale": 0.75,
+        }
+
+    differentiable = ("x", "weight", "lora_A", "lora_B") if adapter else ("x", "weight")
+    return Case(name, make, reduction=max(rows, size_in, size_out), differentiable=differentiable)
+
+
+GROUPED_MATMUL = register(
+    Op(
+        name="grouped_matmul",
+        implementations={
+            "xla": Implementation(functools.partial(_run, _Ragged)),
+            "pallas": Implementation(functools.partial(_run, _Tiled), refuses=_pallas_refuses),
+        },
+        rank=_rank,
+        cases=(
+            # Group edges inside a block of rows, an empty group, rows of nobody, no size a multiple of a block.
+            _case("empty group, rows of nobody", (5, 0, 9), 17, (33, 49, 4), adapter=True),
+            _case("one expert has all rows", (0, 40), 40, (40, 17, 2), adapter=False),
+        ),
+        roundings=4,
+    )
+)

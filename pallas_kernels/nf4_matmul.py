@@ -1,0 +1,380 @@
+"""A few tokens times an NF4 weight, decoded on the way to the multiplication: y = x W^T, for decoding text.
+
+With map and absmax of pallas_kernels/nf4.py, W[o, i] = map[codes[o, i]] * absmax[block of (o, i)]. Forward, for up to
+`MATVEC_TOKENS` tokens, on ordinary cores, each block's absmax taken out of the sum over the block:
+
+    y[m, o] = sum over blocks b of absmax[o, b] * (sum over i in b of map[codes[o, i]] * x[m, i])
+
+and for more tokens on tensor cores, W rounded to x's dtype as `nf4.dequantize(dtype=x.dtype)` does. A sum has no order,
+so an int32 word of eight codes is never unpacked: the kernels read x as [8, in / 8], where x[j] meets every word's j-th
+code. Sums are float32, rounded to x's dtype once.
+
+Backward, for x only (the codes are frozen): dx = dy W, with W decoded again; nothing but the codes is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import backend, nf4
+from pallas_kernels.op import Case, Choice, Implementation, Op, normal, register
+from pallas_kernels.precision import einsum_rounded
+
+PER_WORD = 2 * nf4.BYTES_PER_WORD  # codes in an int32 word
+MATVEC_TOKENS = 4
+MAX_TOKENS = 128
+MULTIPROCESSORS = 132  # of an H100: programs that run at once
+
+
+class Weight(NamedTuple):
+    """The arrays of an NF4 weight, as `nf4.dequantize` takes them."""
+
+    codes: jax.Array
+    absmax: jax.Array
+    nested_absmax: jax.Array | None
+    nested_offset: jax.Array | None
+    layer: jax.Array | int | None
+    quant_map: jax.Array | None
+    nested_quant_map: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """What is static about an NF4 weight."""
+
+    block_size: int
+    nested_block_size: int
+
+
+def nf4_matmul(
+    x: jax.Array,
+    codes: jax.Array,
+    absmax: jax.Array,
+    nested_absmax: jax.Array | None = None,
+    nested_offset: jax.Array | None = None,
+    *,
+    layer: jax.Array | int | None = None,
+    quant_map: jax.Array | None = None,
+    nested_quant_map: jax.Array | None = None,
+    block_size: int = nf4.BLOCK_SIZE,
+    nested_block_size: int = nf4.NESTED_BLOCK_SIZE,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Returns x W^T [..., out] in x's dtype, for an NF4 weight W [out, in]; differentiable in x.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from pallas_kernels import nf4, nf4_matmul
+    >>> w = jax.random.normal(jax.random.key(0), (64, 128))
+    >>> x = jnp.ones((1, 128))
+    >>> arrays = nf4.quantize(w)
+    >>> y = nf4_matmul(x, *arrays)
+    >>> y.shape
+    (1, 64)
+    >>> bool(jnp.allclose(y, x @ nf4.dequantize(*arrays).T, atol=1e-4))
+    True
+
+    Args:
+      x: [..., in], float32, bfloat16 or float16.
+      codes, absmax, nested_absmax, nested_offset, layer, quant_map, nested_quant_map, block_size, nested_block_size:
+        the weight, as in `nf4.dequantize`.
+      implementation: "xla", "pallas" or None.
+
+    Raises:
+      ValueError: x's last axis is not the weight's.
+      ImplementationError: the named implementation does not exist or cannot run these arguments.
+    """
+    if x.ndim < 1 or x.shape[-1] != 2 * codes.shape[-1]:
+        shape = (codes.shape[-2], 2 * codes.shape[-1])
+        raise ValueError(f"nf4_matmul: x {x.shape} and a weight {shape} do not fit")
+    return NF4_MATMUL(
+        x,
+        codes,
+        absmax,
+        nested_absmax,
+        nested_offset,
+        layer=layer,
+        quant_map=quant_map,
+        nested_quant_map=nested_quant_map,
+        block_size=block_size,
+        nested_block_size=nested_block_size,
+        implementation=implementation,
+    )
+
+
+def _implementation(forward: Any) -> Any:
+    """The op's function for a `(x [M, in], Weight, Format) -> y [M, out]`, with the gradient of x."""
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+    def product(x: jax.Array, weight: Weight, format: Format) -> jax.Array:
+        return forward(x, weight, format)
+
+    product.defvjp(lambda x, weight, format: (forward(x, weight, format), weight), _backward)
+
+    def function(
+        x: jax.Array,
+        codes: jax.Array,
+        absmax: jax.Array,
+        nested_absmax: jax.Array | None = None,
+        nested_offset: jax.Array | None = None,
+        *,
+        layer: jax.Array | int | None = None,
+        quant_map: jax.Array | None = None,
+        nested_quant_map: jax.Array | None = None,
+        block_size: int = nf4.BLOCK_SIZE,
+        nested_block_size: int = nf4.NESTED_BLOCK_SIZE,
+    ) -> jax.Array:
+        weight = Weight(codes, absmax, nested_absmax, nested_offset, layer, quant_map, nested_quant_map)
+        tokens = math.prod(x.shape[:-1])
+        y: Any = product(x.reshape(tokens, x.shape[-1]), weight, Format(block_size, nested_block_size))
+        return y.reshape(*x.shape[:-1], codes.shape[-2])
+
+    return function
+
+
+def _decoded(weight: Weight, format: Format, dtype: Any) -> jax.Array:
+    return nf4.dequantize(**weight._asdict(), **dataclasses.asdict(format), dtype=dtype)
+
+
+def _reference(x: jax.Array, weight: Weight, format: Format) -> jax.Array:
+    return einsum_rounded("mi,oi->mo", x, _decoded(weight, format, x.dtype), x.dtype)
+
+
+def _backward(format: Format, weight: Weight, dy: jax.Array) -> tuple[jax.Array, None]:
+    return einsum_rounded("mo,oi->mi", dy, _decoded(weight, format, dy.dtype), dy.dtype), None
+
+
+def _pallas(x: jax.Array, weight: Weight, format: Format) -> jax.Array:
+    kernel_call = matvec_call if x.shape[0] <= MATVEC_TOKENS else tensor_core_call
+    return kernel_call(x, weight, format)
+
+
+def _by_code(x: jax.Array) -> jax.Array:
+    """x [M, in] -> [8, M, in / 8]: element j of every word's eight columns."""
+    return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // PER_WORD, PER_WORD), 2, 0)
+
+
+def _power_of_two(size: int, least: int, most: int) -> int:
+    """The smallest power of two that holds `size`, within bounds."""
+    return min(most, max(least, 1 << max(0, size - 1).bit_length()))
+
+
+class Tile(NamedTuple):
+    """Which part of a weight a kernel decodes: [rows, words] from `row` and `word` on."""
+
+    layer: jax.Array
+    row: jax.Array
+    word: jax.Array
+    rows: int
+    words: int
+
+    def mask(self, out: int, per_row: int) -> jax.Array | None:
+        """bool [rows, words], False beyond the weight's end; None where a weight is whole tiles."""
+        if out % self.rows == 0 and per_row % self.words == 0:
+            return None
+        row, word = self.indices(self.words, 1)
+        return (row < out) & (word < per_row)
+
+    def indices(self, columns: int, words_a_column: int) -> tuple[jax.Array, jax.Array]:
+        """(row, word // words_a_column), both int32 [rows, columns]."""
+        shape = self.rows, columns
+        row = self.row + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        return row, self.word // words_a_column + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def _load_codes(stack: nf4.Stack, tile: Tile) -> jax.Array:
+    mask = tile.mask(*stack.codes.shape[1:])
+    where = tile.layer, backend.ds(tile.row, tile.rows), backend.ds(tile.word, tile.words)
+    return backend.load(stack.codes.at[where], mask=mask, other=None if mask is None else 0)
+
+
+def _load_scales(stack: nf4.Stack, tile: Tile, format: Format) -> jax.Array:
+    """float32 [rows, words]: each word's absmax, read once a block where rows and tiles are whole blocks."""
+    per_row = stack.codes.shape[2]
+    block_words = format.block_size // PER_WORD
+    mask = tile.mask(*stack.codes.shape[1:])
+    if mask is not None or tile.words % block_words or per_row % block_words:
+        row, word = tile.indices(tile.words, 1)
+        return nf4.load_scales(stack, tile.layer, (row * per_row + word) // block_words, format.nested_block_size, mask)
+    blocks = tile.words // block_words
+    row, block = tile.indices(blocks, block_words)
+    scales = nf4.load_scales(stack, tile.layer, row * (per_row // block_words) + block, format.nested_block_size)
+    spread = jnp.broadcast_to(scales[:, :, None], (tile.rows, blocks, block_words))
+    return spread.reshape(tile.rows, tile.words)
+
+
+def _look_up(stack: nf4.Stack, layer: jax.Array, codes: jax.Array, j: int) -> jax.Array:
+    """float32: the map's entry for the j-th code of every word; bytes ascend, the first of two in the high nibble."""
+    nibble = jax.lax.shift_right_logical(codes, jnp.full(codes.shape, 4 * (j ^ 1), jnp.int32)) & 15
+    return backend.load(stack.quant_map.at[layer, nibble])
+
+
+def _over_words(per_row: int, words: int, step: Any, zero: Any) -> Any:
+    """Adds up `step(first word, sum)` over a row."""
+    steps = -(-per_row // words)
+    if steps == 1:
+        return step(jnp.int32(0), zero)
+    return jax.lax.fori_loop(0, steps, lambda i, sums: step(i * words, sums), zero)
+
+
+def matvec_call(
+    x: jax.Array, weight: Weight, format: Format, *, rows: int | None = None, words: int = 512, num_warps: int = 4
+) -> jax.Array:
+    """x [M, in] -> [M, out]; a program makes `rows` outputs for all tokens from `words` words of codes at a time."""
+    tokens, out = x.shape[0], weight.codes.shape[-2]
+    # The sums of every token live in registers: fewer rows for more tokens.
+    rows = rows or max(2, 8 // _power_of_two(tokens, 1, 8))
+    return backend.call(
+        _matvec_kernel,
+        *nf4.as_stack(*weight),
+        _by_code(x),
+        out=jax.ShapeDtypeStruct((tokens, out), x.dtype),
+        grid=(-(-out // rows) if tokens else 0,),
+        num_warps=num_warps,
+        rows=rows,
+        words=_power_of_two(x.shape[1] // PER_WORD, 16, words),
+        format=format,
+    )
+
+
+def _matvec_kernel(*refs: Any, rows: int, words: int, format: Format) -> None:
+    stack, x_ref, out_ref = nf4.Stack(*refs[:-2]), refs[-2], refs[-1]
+    layer, row = stack.layer[0], backend.program_id(0) * rows
+    tokens, out = out_ref.shape
+    per_row = stack.codes.shape[2]
+
+    def step(word: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        tile = Tile(layer, row, word, rows, words)
+        codes, scales = _load_codes(stack, tile), _load_scales(stack, tile, format)
+        mask = None if per_row % words == 0 else word + jax.lax.iota(jnp.int32, words) < per_row
+        other = None if mask is None else 0
+        inner = [jnp.zeros((rows, words), jnp.float32)] * tokens
+        for j in range(PER_WORD):
+            values = _look_up(stack, layer, codes, j)
+            for m in range(tokens):
+                x = backend.load(x_ref.at[jnp.int32(j), jnp.int32(m), backend.ds(word, words)], mask=mask, other=other)
+                inner[m] += values * x.astype(jnp.float32)[None]
+        return tuple(sum + scales * one for sum, one in zip(sums, inner, strict=True))
+
+    sums = _over_words(per_row, words, step, (jnp.zeros((rows, words), jnp.float32),) * tokens)
+    mask = None if out % rows == 0 else row + jax.lax.iota(jnp.int32, rows) < out
+    for m in range(tokens):
+        y = jnp.sum(sums[m], axis=1).astype(out_ref.dtype)
+        backend.store(out_ref.at[jnp.int32(m), backend.ds(row, rows)], y, mask=mask)
+
+
+def tensor_core_call(
+    x: jax.Array,
+    weight: Weight,
+    format: Format,
+    *,
+    rows: int = 64,
+    words: int = 32,
+    splits: int | None = None,
+    num_warps: int = 4,
+) -> jax.Array:
+    """x [M, in] -> [M, out]; a program makes [rows, a block of tokens], 8 products of depth `words` at a time.
+
+    Where these are too few for the GPU, `splits` programs share the columns, and their float32 sums are added up after.
+    """
+    tokens, out = x.shape[0], weight.codes.shape[-2]
+    per_row = x.shape[1] // PER_WORD
+    block = _power_of_two(tokens, 16, 128)
+    programs, words = -(-out // rows) * -(-tokens // block), _power_of_two(per_row, 16, words)
+    steps = -(-per_row // words)
+    splits = splits or max(1, min(steps, 2 * MULTIPROCESSORS // max(programs, 1)))
+    sums = backend.call(
+        _tensor_core_kernel,
+        *nf4.as_stack(*weight),
+        _by_code(x),
+        out=jax.ShapeDtypeStruct((splits, tokens, out), x.dtype if splits == 1 else jnp.float32),
+        grid=(-(-out // rows), -(-tokens // block), splits),
+        num_warps=num_warps,
+        rows=rows,
+        words=words,
+        block=block,
+        steps=-(-steps // splits),
+        format=format,
+    )
+    return sums[0] if splits == 1 else jnp.sum(sums, axis=0).astype(x.dtype)
+
+
+def _tensor_core_kernel(*refs: Any, rows: int, words: int, block: int, steps: int, format: Format) -> None:
+    stack, x_ref, out_ref = nf4.Stack(*refs[:-2]), refs[-2], refs[-1]
+    layer, row, split = stack.layer[0], backend.program_id(0) * rows, backend.program_id(2)
+    token = backend.program_id(1) * block
+    _, tokens, out = out_ref.shape
+    per_row = stack.codes.shape[2]
+    at_token = token + jax.lax.broadcasted_iota(jnp.int32, (block, words), 0)
+
+    def step(i: jax.Array, sums: jax.Array) -> jax.Array:
+        word = (split * steps + i) * words
+        tile = Tile(layer, row, word, rows, words)
+        codes, scales = _load_codes(stack, tile), _load_scales(stack, tile, format)
+        mask = (at_token < tokens) & (word + jax.lax.broadcasted_iota(jnp.int32, (block, words), 1) < per_row)
+        for j in range(PER_WORD):
+            w = (_look_up(stack, layer, codes, j) * scales).astype(x_ref.dtype)
+            where = jnp.int32(j), backend.ds(token, block), backend.ds(word, words)
+            x = backend.load(x_ref.at[where], mask=mask, other=0)
+            sums += backend.dot(w, x, trans_y=True)
+        return sums
+
+    sums = jax.lax.fori_loop(0, steps, step, jnp.zeros((rows, block), jnp.float32))
+    shape = (block, rows)
+    mask = (token + jax.lax.broadcasted_iota(jnp.int32, shape, 0) < tokens) & (
+        row + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < out
+    )
+    where = split, backend.ds(token, block), backend.ds(row, rows)
+    backend.store(out_ref.at[where], sums.T.astype(out_ref.dtype), mask=mask)
+
+
+def _pallas_refuses(
+    platform: str, x: jax.Array, codes: jax.Array, *args: Any, block_size: int = nf4.BLOCK_SIZE, **kwargs: Any
+) -> str | None:
+    if codes.shape[-1] % nf4.BYTES_PER_WORD:
+        return f"{codes.shape[-1] * 2} columns are not whole words of {PER_WORD} codes"
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"it multiplies float32, bfloat16 and float16, not {x.dtype}"
+    return backend.refuses_platform(platform) or nf4.refuses_words(codes, block_size)
+
+
+def _rank(platform: str, x: jax.Array, *args: Any, **kwargs: Any) -> tuple[Choice, ...]:
+    tokens = math.prod(x.shape[:-1])
+    if platform != "gpu":
+        return (Choice("xla", "the kernel is for GPUs"),)
+    if tokens <= MATVEC_TOKENS or (tokens <= MAX_TOKENS and x.dtype != jnp.float32):
+        return (Choice("pallas", f"{tokens} tokens wait for the codes' bytes, which it reads once and never unpacks"),)
+    return (Choice("xla", f"{tokens} tokens of {x.dtype} are worth a decoded weight and a plain matmul"),)
+
+
+def _case(name: str, tokens: int, shape: tuple[int, int], *, layers: int | None = None) -> Case:
+    def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
+        w = normal(rng, shape if layers is None else (layers, *shape), jnp.float32, shape[1] ** -0.5)
+        arrays = jax.jit(nf4.quantize if layers is None else jax.vmap(nf4.quantize))(w)._asdict()
+        arrays["layer"] = None if layers is None else jnp.int32(layers - 1)
+        return {"x": normal(rng, (tokens, shape[1]), dtype)} | arrays
+
+    return Case(name, make, reduction=max(shape), differentiable=("x",))
+
+
+NF4_MATMUL = register(
+    Op(
+        name="nf4_matmul",
+        implementations={
+            "xla": Implementation(_implementation(_reference)),
+            "pallas": Implementation(_implementation(_pallas), refuses=_pallas_refuses),
+        },
+        rank=_rank,
+        cases=(
+            _case("one token, layer of a stack", 1, (16, 128), layers=2),
+            _case("tensor cores, ragged everywhere", 17, (70, 328)),
+            _case("blocks across rows, tokens of a matvec", 3, (10, 200)),
+        ),
+    )
+)
