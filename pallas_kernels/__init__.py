@@ -3,9 +3,10 @@
 Depends on jax and numpy only; any JAX program can use it alone.
 """
 
-from pallas_kernels import nf4
-from pallas_kernels.attention import Segments, attention, cached_attention, segments
+from pallas_kernels import adamw_8bit, nf4
+from pallas_kernels.attention import attention, cached_attention
 from pallas_kernels.gated_activation import gated_activation, gated_activation_backward
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.lora_linear import LoraWeights, lora_linear, lora_qkv
 from pallas_kernels.lora_mlp import lora_mlp
@@ -24,13 +25,14 @@ __all__ = [
     "ImplementationError",
     "LoraWeights",
     "Op",
-    "Segments",
+    "adamw_8bit",
     "add_rms_norm",
     "attention",
     "cached_attention",
     "explain",
     "gated_activation",
     "gated_activation_backward",
+    "grouped_matmul",
     "linear_cross_entropy",
     "lora_linear",
     "lora_mlp",
@@ -39,6 +41,5 @@ __all__ = [
     "nf4_matmul",
     "rms_norm",
     "rope",
-    "segments",
     "selected_log_probs",
 ]

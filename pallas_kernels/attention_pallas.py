@@ -190,24 +190,26 @@ def _sinks_backward(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.A
 
 
 def _forward_tiling(q: Any) -> Tiling:
-    width = _width(q.shape[3])
-    if q.dtype == jnp.float32:  # exact products do not run on tensor cores; small blocks stay in registers
-        return Tiling(32, 32, 4, 1)
-    return Tiling(128, 64, 8, 3) if width <= 128 else Tiling(128, 32, 8, 2)
+    if q.dtype == jnp.float32:
+        return _exact_tiling(q)
+    return Tiling(128, 64, 8, 3) if _width(q.shape[3]) <= 128 else Tiling(128, 32, 8, 2)
 
 
 def _queries_tiling(q: Any) -> Tiling:
-    width = _width(q.shape[3])
     if q.dtype == jnp.float32:
-        return Tiling(32, 32, 4, 1)
-    return Tiling(128, 64, 8, 2) if width <= 128 else Tiling(64, 32, 4, 2)
+        return _exact_tiling(q)
+    return Tiling(128, 64, 8, 2) if _width(q.shape[3]) <= 128 else Tiling(64, 32, 4, 2)
 
 
 def _keys_tiling(q: Any) -> Tiling:
-    width = _width(q.shape[3])
     if q.dtype == jnp.float32:
-        return Tiling(32, 32, 4, 1)
-    return Tiling(128, 64, 8, 2) if width <= 128 else Tiling(64, 32, 8, 2)
+        return _exact_tiling(q)
+    return Tiling(64, 64, 4, 2) if _width(q.shape[3]) <= 128 else Tiling(64, 32, 8, 2)
+
+
+def _exact_tiling(q: Any) -> Tiling:
+    """For float32: exact products do not run on tensor cores, and keep whole factors in registers."""
+    return Tiling(32, 32, 8, 1) if _width(q.shape[3]) <= 64 else Tiling(16, 16, 8, 1)
 
 
 def _width(head_dim: int) -> int:
@@ -299,22 +301,22 @@ def _spans(some: Any, every: Any, axis: int) -> jax.Array:
 
 
 def _walk(span: tuple[jax.Array, ...], repeats: int, step: Any, carry: Any) -> Any:
-    """Runs step(repeat, block, carry, masked) over a program's visits, `repeats` times over each: whole run, then rest."""
+    """Runs step(repeat, block, carry, masked) over a program's visits: `repeats` times the run, then the rest."""
     first, full_first, full_stop, stop = span
     full, before = full_stop - full_first, full_first - first
     rest = before + stop - full_stop
 
+    def split(i, count):
+        return (0, i) if repeats == 1 else (jax.lax.div(i, count), jax.lax.rem(i, count))
+
     def whole(i, carry):
-        return step(jax.lax.div(i, full), full_first + jax.lax.rem(i, full), carry, False)
+        repeat, at = split(i, full)
+        return step(repeat, full_first + at, carry, False)
 
     def edge(i, carry):
-        at = jax.lax.rem(i, rest)
-        return step(jax.lax.div(i, rest), first + at + jnp.where(at >= before, full, 0), carry, True)
+        repeat, at = split(i, rest)
+        return step(repeat, first + at + jnp.where(at >= before, full, 0), carry, True)
 
-    if repeats == 1:  # no division
-        carry = jax.lax.fori_loop(full_first, full_stop, lambda block, carry: step(0, block, carry, False), carry)
-        skip = lambda i: first + i + jnp.where(i >= before, full, 0)  # noqa: E731
-        return jax.lax.fori_loop(jnp.int32(0), rest, lambda i, carry: step(0, skip(i), carry, True), carry)
     carry = jax.lax.fori_loop(jnp.int32(0), repeats * full, whole, carry)
     return jax.lax.fori_loop(jnp.int32(0), repeats * rest, edge, carry)
 

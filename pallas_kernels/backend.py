@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,14 +18,12 @@ warnings.filterwarnings("ignore", message=".*Pallas.*Triton.*deprecated", catego
 
 load = triton.load
 store = triton.store
-atomic_add = triton.atomic_add
-approx_tanh = triton.approx_tanh
-elementwise_inline_asm = triton.elementwise_inline_asm
-multiple_of = pl.multiple_of
 program_id = pl.program_id
 ds = pl.ds
 
 PLATFORMS = ("cpu", "gpu")
+
+_interpreting = contextvars.ContextVar("interpreting", default=False)
 
 
 def dot(x: jax.Array, y: jax.Array, *, trans_x: bool = False, trans_y: bool = False) -> jax.Array:
@@ -35,6 +34,31 @@ def dot(x: jax.Array, y: jax.Array, *, trans_x: bool = False, trans_y: bool = Fa
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     contract = ((0 if trans_x else 1,), (1 if trans_y else 0,))
     return jax.lax.dot_general(x, y, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+def look_up_16(entry: Callable[[jax.Array], jax.Array], index: jax.Array) -> jax.Array:
+    """float32 of index's shape: entry(index & 15), for the kernels' tables of 16 float32 values.
+
+    Each lane of a warp holds one entry and takes the one it needs from its neighbour by a shuffle (PTX `shfl.sync.idx`
+    with segments of 16 lanes, which ignores an index's higher bits): two instructions instead of a load's four. The
+    interpreter selects.
+    """
+    lane = index if _interpreting.get() else _assembly("mov.u32 $0, %laneid;", "=r,r", jnp.int32, jnp.zeros_like(index))
+    values = jnp.zeros(index.shape, jnp.float32)
+    for i in range(16):
+        values = jnp.where(lane & 15 == i, entry(jnp.int32(i)), values)
+    if _interpreting.get():
+        return values
+    return _assembly("shfl.sync.idx.b32 $0, $1, $2, 0x101f, 0xffffffff;", "=f,f,r", jnp.float32, values, index)
+
+
+def _assembly(text: str, constraints: str, dtype: Any, *arguments: jax.Array) -> jax.Array:
+    """One PTX instruction for each element."""
+    out = jax.ShapeDtypeStruct(arguments[0].shape, dtype)
+    (result,) = triton.elementwise_inline_asm(
+        text, args=arguments, constraints=constraints, pack=1, result_shape_dtypes=[out]
+    )
+    return result
 
 
 def platform() -> str:
@@ -82,10 +106,17 @@ def call(
     def named(*refs: Any) -> None:
         kernel(*refs, **static)
 
-    named.__name__ = kernel.__name__.strip("_")
+    def interpreted(*refs: Any) -> None:
+        token = _interpreting.set(True)
+        try:
+            kernel(*refs, **static)
+        finally:
+            _interpreting.reset(token)
+
+    named.__name__ = interpreted.__name__ = kernel.__name__.strip("_")
     # Always with parameters: they, and not the platform, are what selects Triton in every jax version.
     parameters: Any = triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
-    run = functools.partial(
-        pl.pallas_call, named, out_shape=out, grid=grid, input_output_aliases=dict(aliases or {})
+    run = functools.partial(pl.pallas_call, out_shape=out, grid=grid, input_output_aliases=dict(aliases or {}))
+    return jax.lax.platform_dependent(
+        *arguments, cpu=run(interpreted, interpret=True), default=run(named, compiler_params=parameters)
     )
-    return jax.lax.platform_dependent(*arguments, cpu=run(interpret=True), default=run(compiler_params=parameters))

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from pallas_kernels.timing import device_milliseconds
 # Larger than any device's cache: what rotates through this much memory is never found there.
 CACHE_BYTES = 200 * 2**20
 REPEATS = 20
+# As jaxft's train step has it: a low-rank product is then added in the epilogue of the large one.
+XLA_FLAGS = "--xla_gpu_enable_triton_gemm=false"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,7 +303,7 @@ def _decoding(s: Sizes) -> Iterator[Benchmark]:
             gigabytes=gigabytes,
             peer=f"nf4 dequant {shape[0]}x{shape[1]}",
         )
-        for tokens in (1, 8, 16, 64, 128):
+        for tokens in (1, 16, 128):
 
             def matmul(key: jax.Array, shape: tuple[int, int] = shape, tokens: int = tokens) -> dict[str, Any]:
                 return {**normals(key, x=(tokens, shape[1])), **random_nf4(key, *shape)._asdict()}
@@ -372,7 +375,7 @@ def _attentions(s: Sizes) -> Iterator[Benchmark]:
 
         def packed(key: jax.Array, b: int = b, t: int = t) -> dict[str, Any]:
             ids = jnp.broadcast_to(1 + jnp.arange(t, dtype=jnp.int32) * documents // t, (b, t))
-            return {**causal(key, b, t), "segment_ids": pk.segments(ids, documents)}
+            return {**causal(key, b, t), "segment_ids": ids}
 
         peer = f"attention {b}x{t}"
         wrt = ("q", "k", "v")
@@ -418,7 +421,13 @@ def rows(
         first = OPS[benchmark.op].choose(**shapes).implementation
         others = [name for name in OPS[benchmark.op].implementations if name != first]
         for name in [first, *(name for name in others if not OPS[benchmark.op].refuses(name, **shapes))]:
-            row = measure(benchmark, name, ceilings, chosen=name == first, repeats=repeats)
+            try:
+                row = measure(benchmark, name, ceilings, chosen=name == first, repeats=repeats)
+            except jax.errors.JaxRuntimeError as error:  # a rival that needs more memory than there is
+                if name == first:
+                    raise
+                print(f"{benchmark.name}: {name} did not run: {str(error).splitlines()[0][:100]}")
+                continue
             peer, milliseconds = peers.get(benchmark.peer or "", (None, None))
             yield dataclasses.replace(row, peer=peer, peer_milliseconds=milliseconds)
 
@@ -453,6 +462,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="benchmarks whose name contains this")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     options = parser.parse_args(arguments)
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}"
     peers = read_peers(options.peers) if options.peers else {}
     device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
     print(f"{device}, median of {options.repeats} calls' device time")
@@ -460,11 +470,15 @@ def main(arguments: list[str] | None = None) -> None:
     done = []
     for row in rows([b for b in benchmarks() if options.only in b.name], peers, Ceilings.measured(), options.repeats):
         done.append(dataclasses.asdict(row))
+        _write(options.out, {"device": device, "rows": done})
         print(_line(row), flush=True)
-    temporary = options.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"device": device, "rows": done}, indent=1))
-    temporary.replace(options.out)
     print(f"wrote {options.out}: {len(done)} rows")
+
+
+def _write(file: Path, results: dict[str, Any]) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1))
+    temporary.replace(file)
 
 
 def _line(row: Row) -> str:

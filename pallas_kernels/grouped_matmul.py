@@ -172,14 +172,17 @@ class _Ragged:
         return (scale * self._product(left, right, ((0,), (0,)), grouped=())).astype(dtype)
 
     def _product(self, left: jax.Array, right: jax.Array, contracted: Any, grouped: tuple[int, ...]) -> jax.Array:
-        return jax.lax.ragged_dot_general(
-            left,
-            right,
-            self.group_sizes,
-            jax.lax.RaggedDotDimensionNumbers((contracted, ((), ())), (0,), grouped),
-            precision=jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None,
-            preferred_element_type=jnp.float32,
-        )
+        numbers = jax.lax.RaggedDotDimensionNumbers((contracted, ((), ())), (0,), grouped)
+
+        # One by one under vmap: JAX has no rule for a ragged product with some of its operands batched.
+        @jax.custom_batching.sequential_vmap
+        def product(left: jax.Array, right: jax.Array, group_sizes: jax.Array) -> jax.Array:
+            precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+            return jax.lax.ragged_dot_general(
+                left, right, group_sizes, numbers, precision=precision, preferred_element_type=jnp.float32
+            )
+
+        return product(left, right, self.group_sizes)
 
 
 # --- Pallas -------------------------------------------------------------------------------------------------------
@@ -202,8 +205,10 @@ class _Tiled:
             return jnp.zeros(out.shape, out.dtype)
         block_m, block_n, block_k = block or _times_block(num_rows // num_experts, size_n, size_k, rows.dtype)
         tiles = _row_tiles(self.group_sizes, num_rows, block_m)
-        h, factor, scale = (None, None, jnp.float32(1)) if low_rank is None else low_rank
-        low = () if factor is None else _padded_rank(h, factor, transposed)
+        low, scale = (), jnp.float32(1)
+        if low_rank is not None:
+            h, factor, scale = low_rank
+            low = _padded_rank(h, factor, transposed)
         return backend.call(
             _grouped_matmul_kernel,
             tiles,
@@ -413,6 +418,8 @@ def _case(name: str, group_sizes: tuple[int, ...], rows: int, sizes: tuple[int, 
 GROUPED_MATMUL = register(
     Op(
         name="grouped_matmul",
+        replaces="a masked product with every expert, or a loop over experts",
+        saves="products with experts that a row did not choose, [E, M, in] copies, W + BA",
         implementations={
             "xla": Implementation(functools.partial(_run, _Ragged)),
             "pallas": Implementation(functools.partial(_run, _Tiled), refuses=_pallas_refuses),

@@ -1,6 +1,7 @@
 """Linear layers with low-rank adapters (Hu et al. 2021, arXiv:2106.09685), over plain or quantized weights.
 
-    y_i = x W_i^T + bias_i + l_i B_i^T    l_i = s_i x A_i^T    x [T, in], W_i [out_i, in], A_i [r_i, in], B_i [out_i, r_i]
+    y_i = x W_i^T + bias_i + l_i B_i^T       l_i = s_i x A_i^T
+    x [T, in], W_i [out_i, in], A_i [r_i, in], B_i [out_i, r_i]
 
 for one linear (`lora_linear`) or for several that read the same x (`lora_qkv`; `lora_mlp` is built of the same parts).
 With g_i the cotangent of y_i, the small factors come first, and the [T, r] products are shared:
@@ -40,6 +41,15 @@ from pallas_kernels.precision import einsum_float32, einsum_rounded
 LOW_RANK = "lora_low_rank"  # checkpoint name of every l_i: tiny, and recomputing it needs the adapter's whole input
 
 
+class Adapter(NamedTuple):
+    """The low-rank part of a linear that has one; attributes as of `LoraWeights`."""
+
+    A: jax.Array
+    B: jax.Array
+    scale: float | jax.Array
+    dropout_key: jax.Array | None
+
+
 class LoraWeights(NamedTuple):
     """The parameters of one linear.
 
@@ -58,6 +68,13 @@ class LoraWeights(NamedTuple):
     lora_B: jax.Array | None = None
     scale: float | jax.Array = 1.0
     dropout_key: jax.Array | None = None
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The low-rank part, if there is one."""
+        if self.lora_A is None or self.lora_B is None:
+            return None
+        return Adapter(self.lora_A, self.lora_B, self.scale, self.dropout_key)
 
 
 def lora_linear(
@@ -183,32 +200,33 @@ def decoded(weight: Any, dtype: Any) -> jax.Array:
 
 def low_rank(x: jax.Array, linears: Sequence[LoraWeights], dropout: float) -> tuple[jax.Array | None, ...]:
     """Every l_i [T, r_i] in x's dtype, named for remat policies; None where there is no adapter."""
-    adapted = [linear for linear in linears if linear.lora_A is not None]
-    if not adapted:
+    adapters = _adapters(linears)
+    if not adapters:
         return (None,) * len(linears)
-    if _drops(linears, dropout):
-        products = [einsum_float32("ti,ri->tr", _dropped(x, p, dropout), p.lora_A.astype(x.dtype)) for p in adapted]
+    if _drops(adapters, dropout):
+        products = [einsum_float32("ti,ri->tr", _dropped(x, p, dropout), p.A.astype(x.dtype)) for p in adapters]
     else:
-        products = _split(einsum_float32("ti,ri->tr", x, _stacked_A(adapted, x.dtype)), adapted, axis=1)
-    scaled = [scaled_low_rank(y, p, x.dtype) for y, p in zip(products, adapted, strict=True)]
-    return _at_adapters(linears, scaled)
+        products = _split(einsum_float32("ti,ri->tr", x, _stacked_A(adapters, x.dtype)), adapters, axis=1)
+    return _at_adapters(linears, [_scaled(y, p, x.dtype) for y, p in zip(products, adapters, strict=True)])
 
 
-def scaled_low_rank(product: jax.Array, linear: LoraWeights, dtype: Any) -> jax.Array:
+def _scaled(product: jax.Array, adapter: Adapter, dtype: Any) -> jax.Array:
     """l_i (or d_i) of a float32 product with A_i (or B_i), named for remat policies."""
-    return checkpoint_name((product * _scale(linear)).astype(dtype), LOW_RANK)
+    scale = jnp.asarray(adapter.scale, jnp.float32).reshape(1, 1)
+    return checkpoint_name((product * scale).astype(dtype), LOW_RANK)
 
 
 def _times_weight(x: jax.Array, weight: Any) -> jax.Array:
     """x W^T [T, out] in x's dtype: the one place where a quantized weight could be multiplied without decoding it."""
     # Without the barrier XLA joins the products that share x: it copies their weights into one, and its result apart.
-    return einsum_rounded("ti,oi->to", *jax.lax.optimization_barrier((x, decoded(weight, x.dtype))), x.dtype)
+    x, weight = jax.lax.optimization_barrier((x, decoded(weight, x.dtype)))
+    return einsum_rounded("ti,oi->to", x, weight, x.dtype)
 
 
 def apply(x: jax.Array, linear: LoraWeights, low: jax.Array | None) -> jax.Array:
     """y_i [T, out_i], given l_i."""
     y = _times_weight(x, linear.weight)
-    if low is not None:
+    if low is not None and linear.lora_B is not None:
         y = y + einsum_rounded("tr,or->to", low, linear.lora_B.astype(x.dtype), x.dtype)
     return y if linear.bias is None else y + jnp.broadcast_to(linear.bias.astype(y.dtype), y.shape)
 
@@ -217,11 +235,10 @@ def low_rank_cotangents(
     linears: Sequence[LoraWeights], cotangents: Sequence[jax.Array]
 ) -> tuple[jax.Array | None, ...]:
     """Every d_i [T, r_i] in the cotangents' dtype; None where there is no adapter."""
+    pairs = ((linear.adapter, g) for linear, g in zip(linears, cotangents, strict=True))
     return tuple(
-        None
-        if linear.lora_B is None
-        else scaled_low_rank(einsum_float32("to,or->tr", g, linear.lora_B.astype(g.dtype)), linear, g.dtype)
-        for linear, g in zip(linears, cotangents, strict=True)
+        None if p is None else _scaled(einsum_float32("to,or->tr", g, p.B.astype(g.dtype)), p, g.dtype)
+        for p, g in pairs
     )
 
 
@@ -233,15 +250,14 @@ def input_cotangent(
 ) -> jax.Array:
     """dx [T, in]: the low-rank part first, then each g_i W_i added to it."""
     dtype = cotangents[0].dtype
-    adapted = [(linear, d) for linear, d in zip(linears, d_low, strict=True) if d is not None]
+    adapters, d_adapters = _adapters(linears), [d for d in d_low if d is not None]
     parts = []
-    if adapted and _drops(linears, dropout):
-        for p, d in adapted:
-            through = einsum_rounded("tr,ri->ti", d, p.lora_A.astype(dtype), dtype)
-            parts.append(_dropped(through, p, dropout))
-    elif adapted:
-        stacked = jnp.concatenate([d for _, d in adapted], axis=1)
-        parts.append(einsum_rounded("tr,ri->ti", stacked, _stacked_A([p for p, _ in adapted], dtype), dtype))
+    if adapters and _drops(adapters, dropout):
+        for p, d in zip(adapters, d_adapters, strict=True):
+            parts.append(_dropped(einsum_rounded("tr,ri->ti", d, p.A.astype(dtype), dtype), p, dropout))
+    elif adapters:
+        stacked = jnp.concatenate(d_adapters, axis=1)
+        parts.append(einsum_rounded("tr,ri->ti", stacked, _stacked_A(adapters, dtype), dtype))
     for linear, g in zip(linears, cotangents, strict=True):
         parts.append(einsum_rounded("to,oi->ti", g, decoded(linear.weight, dtype), dtype))
     return functools.reduce(lambda done, part: part + done, parts)
@@ -260,59 +276,63 @@ def parameter_cotangents(
     d_A = _d_A(x, linears, d_low, dropout)
     found = []
     for linear, train, g, low_i, d_A_i in zip(linears, trains, cotangents, low, d_A, strict=True):
-        d_weight = einsum_float32("to,ti->oi", g, x).astype(linear.weight.dtype) if train else None
-        bias, lora_A, lora_B = linear.bias, linear.lora_A, linear.lora_B
-        d_bias = None if bias is None else jnp.sum(g.astype(jnp.float32), axis=0).astype(bias.dtype)
-        d_B = None if low_i is None else einsum_float32("to,tr->or", g, low_i).astype(lora_B.dtype)
-        d_A_i = None if d_A_i is None else d_A_i.astype(lora_A.dtype)
-        found.append(LoraWeights(d_weight, d_bias, d_A_i, d_B, None, None))  # pyright: ignore[reportArgumentType]
+        d_weight = einsum_float32("to,ti->oi", g, x) if train and x is not None else None
+        d_bias = None if linear.bias is None else jnp.sum(g.astype(jnp.float32), axis=0)
+        d_B = None if low_i is None else einsum_float32("to,tr->or", g, low_i)
+        gradients = (d_weight, d_bias, d_A_i, d_B)
+        found.append(LoraWeights(*map(_like, gradients, linear[:4]), None, None))  # pyright: ignore[reportArgumentType]
     return tuple(found)
+
+
+def _like(gradient: jax.Array | None, parameter: Any) -> jax.Array | None:
+    """A gradient in its parameter's own dtype."""
+    return None if gradient is None else gradient.astype(parameter.dtype)
 
 
 def _d_A(
     x: jax.Array | None, linears: Sequence[LoraWeights], d_low: Sequence[jax.Array | None], dropout: float
 ) -> Sequence[jax.Array | None]:
-    adapted = [(linear, d) for linear, d in zip(linears, d_low, strict=True) if d is not None]
-    if not adapted or x is None:
+    adapters, d_adapters = _adapters(linears), [d for d in d_low if d is not None]
+    if not adapters or x is None:
         return (None,) * len(linears)
-    if _drops(linears, dropout):
-        products = [einsum_float32("tr,ti->ri", d, _dropped(x, p, dropout)) for p, d in adapted]
+    if _drops(adapters, dropout):
+        dropped = (_dropped(x, p, dropout) for p in adapters)
+        products = [einsum_float32("tr,ti->ri", d, x_i) for d, x_i in zip(d_adapters, dropped, strict=True)]
     else:
-        stacked = jnp.concatenate([d for _, d in adapted], axis=1)
-        products = _split(einsum_float32("tr,ti->ri", stacked, x), [p for p, _ in adapted], axis=0)
+        products = _split(einsum_float32("tr,ti->ri", jnp.concatenate(d_adapters, axis=1), x), adapters, axis=0)
     return _at_adapters(linears, products)
 
 
-def _stacked_A(linears: Sequence[LoraWeights], dtype: Any) -> jax.Array:
-    return jnp.concatenate([linear.lora_A for linear in linears], axis=0).astype(dtype)
+def _adapters(linears: Sequence[LoraWeights]) -> list[Adapter]:
+    return [linear.adapter for linear in linears if linear.adapter is not None]
 
 
-def _split(x: jax.Array, linears: Sequence[LoraWeights], axis: int) -> list[jax.Array]:
-    """Parts of `x` as long as each linear's rank."""
-    ends = np.cumsum([linear.lora_A.shape[0] for linear in linears])
+def _stacked_A(adapters: Sequence[Adapter], dtype: Any) -> jax.Array:
+    return jnp.concatenate([p.A for p in adapters], axis=0).astype(dtype)
+
+
+def _split(x: jax.Array, adapters: Sequence[Adapter], axis: int) -> list[jax.Array]:
+    """Parts of `x` as long as each adapter's rank."""
+    ends = np.cumsum([p.A.shape[0] for p in adapters])
     return jnp.split(x, ends[:-1], axis=axis)
 
 
 def _at_adapters(linears: Sequence[LoraWeights], values: Sequence[jax.Array]) -> tuple[jax.Array | None, ...]:
     """One value for each linear with an adapter, None for the others."""
     remaining = iter(values)
-    return tuple(None if linear.lora_A is None else next(remaining) for linear in linears)
+    return tuple(None if linear.adapter is None else next(remaining) for linear in linears)
 
 
-def _scale(linear: LoraWeights) -> jax.Array:
-    return jnp.asarray(linear.scale, jnp.float32).reshape(1, 1)
+def _drops(adapters: Sequence[Adapter], dropout: float) -> bool:
+    return dropout > 0 and any(p.dropout_key is not None for p in adapters)
 
 
-def _drops(linears: Sequence[LoraWeights], dropout: float) -> bool:
-    return dropout > 0 and any(linear.dropout_key is not None for linear in linears)
-
-
-def _dropped(x: jax.Array, linear: LoraWeights, dropout: float) -> jax.Array:
+def _dropped(x: jax.Array, adapter: Adapter, dropout: float) -> jax.Array:
     """x * mask / keep: the adapter's input, and what its cotangent goes back through."""
-    if linear.dropout_key is None:
+    if adapter.dropout_key is None:
         return x
     keep = np.float32(1.0 - dropout)
-    mask = jax.random.bernoulli(linear.dropout_key, keep, x.shape)
+    mask = jax.random.bernoulli(adapter.dropout_key, keep, x.shape)
     return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
 
 

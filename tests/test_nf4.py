@@ -160,6 +160,7 @@ def test_nf4_is_registered() -> None:
 
 @pytest.mark.slow
 def test_the_vectors_are_what_bitsandbytes_makes_now() -> None:
+    pytest.importorskip("bitsandbytes")
     from vectors import make_nf4_vectors
 
     stored = vectors("")

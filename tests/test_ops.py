@@ -40,6 +40,8 @@ WITHOUT_PRODUCTS = (
     "nf4_quantize",
     "adamw_8bit",
 )
+# Their forward pass computes the gradients, the backward one only scales them.
+WITHOUT_BACKWARD_KERNEL = ("linear_cross_entropy",)
 EACH_CASE_AND_DTYPE = [
     pytest.param(op, case, dtype, id=f"{op.name}: {case.name}, {dtype.__name__}", marks=marks)
     for op in OPS.values()
@@ -166,7 +168,8 @@ def test_kernels_are_in_the_program_for_a_gpu(op: Op, implementation: str) -> No
 
         return lowered_text(run, arguments)
 
-    assert kernel_names(program(implementation)).total() >= (2 if arguments else 1)
+    least = 2 if arguments and op.name not in WITHOUT_BACKWARD_KERNEL else 1
+    assert kernel_names(program(implementation)).total() >= least
     assert kernel_names(program("xla")).total() == 0
 
 
@@ -194,7 +197,7 @@ def test_float32_products_are_exact(op: Op, implementation: str) -> None:
 
     highest = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
     equations = all_equations(jax.make_jaxpr(run)(arguments))
-    products = [equation for equation in equations if equation.primitive.name == "dot_general"]
+    products = [equation for equation in equations if equation.primitive.name in ("dot_general", "ragged_dot_general")]
     assert all(equation.params["precision"] == highest for equation in products)
     assert products or op.name in WITHOUT_PRODUCTS
 
@@ -222,7 +225,9 @@ def test_unwritten_output_is_nan() -> None:
 
 def test_explain_says_what_runs_and_why_not_the_others() -> None:
     codes, absmax = jax.ShapeDtypeStruct((64, 128), jnp.uint8), jax.ShapeDtypeStruct((256,), jnp.float32)
-    assert str(explain("nf4_dequantize", codes, absmax)).startswith("nf4_dequantize on cpu: xla, because")
+    platform, chosen = jax.default_backend(), "xla" if jax.default_backend() == "cpu" else "pallas"
+    text = str(explain("nf4_dequantize", codes, absmax))
+    assert text.startswith(f"nf4_dequantize on {platform}: {chosen}, because")
     with h100():
         explanation = explain("nf4_dequantize", codes, absmax)
     assert (explanation.platform, explanation.choice.implementation) == ("gpu", "pallas")

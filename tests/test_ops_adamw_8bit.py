@@ -17,7 +17,8 @@ from pallas_kernels.adamw_8bit import ADAMW_8BIT, SIGNED, UNSIGNED, State
 # Made by tests/vectors/make_adamw_8bit_vectors.py with bitsandbytes.
 VECTORS = load_file(Path(__file__).parent / "vectors/adamw_8bit.safetensors")
 SETTINGS = {"learning_rate": 0.01, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
-IMPLEMENTATIONS = ("xla", "pallas")
+# The default tier runs the kernel; the reference is what most of its checks compare with.
+KERNEL_FIRST = (pytest.param("xla", marks=pytest.mark.slow), "pallas")
 
 
 def midpoints(kind) -> np.ndarray:
@@ -50,8 +51,8 @@ def test_codes_are_those_of_a_search(kind) -> None:
     np.testing.assert_array_equal(nearest(values, kind), np.searchsorted(edges, values))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["whole", "partial", "zeros"])
+@pytest.mark.parametrize("implementation", KERNEL_FIRST)
+@pytest.mark.parametrize("name", [pytest.param("whole", marks=pytest.mark.slow), "partial", "zeros"])
 def test_steps_are_those_of_bitsandbytes(name: str, implementation: str) -> None:
     """Three steps, each from bitsandbytes' state before it.
 
@@ -92,8 +93,14 @@ def exact_moment(state: State, gradient, moment: str) -> np.ndarray:
     return new
 
 
-@pytest.mark.parametrize("case", ADAMW_8BIT.cases, ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=() if case.name == "partial block" else pytest.mark.slow)
+        for case in ADAMW_8BIT.cases
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_kernel_gives_the_reference_s_codes(case, dtype) -> None:
     arguments = case.make(np.random.default_rng(0), dtype)
     step = {name: arguments.pop(name) for name in ("step", "learning_rate", "b1", "b2", "eps", "weight_decay")}
@@ -110,7 +117,7 @@ def test_kernel_gives_the_reference_s_codes(case, dtype) -> None:
     assert got[0].dtype == dtype
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", KERNEL_FIRST)
 def test_under_scan_and_vmap(implementation: str) -> None:
     rng = np.random.default_rng(0)
     parameters = jnp.asarray(rng.standard_normal((2, 3, 100)), jnp.float32)
@@ -119,18 +126,19 @@ def test_under_scan_and_vmap(implementation: str) -> None:
     def train(parameter, gradients):
         def body(carry, inputs):
             step, gradient = inputs
-            return adamw_8bit.update(*carry[:1], gradient, carry[1], step=step, **settings), None
+            return adamw_8bit.update(
+                carry[0], gradient, carry[1], step=step, implementation=implementation, **SETTINGS
+            ), None
 
         return jax.lax.scan(body, (parameter, adamw_8bit.init(parameter)), (jnp.arange(1, 3), gradients))[0]
 
-    settings = SETTINGS | {"implementation": implementation}
     got = jax.jit(jax.vmap(train, in_axes=(0, 1)))(parameters, gradients)
     for index in range(2):
         want = jax.jit(train)(parameters[index], gradients[:, index])
         jax.tree.map(lambda a, b, i=index: np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-6), got, want)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", KERNEL_FIRST)
 def test_nothing_to_update(implementation: str) -> None:
     parameter = jnp.zeros((0, 4))
     got, state = adamw_8bit.update(

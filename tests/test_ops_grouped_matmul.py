@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,13 @@ import pytest
 
 import dense_references
 from jaxpr_tools import all_equations
-from pallas_kernels import grouped_matmul as module
 from pallas_kernels.grouped_matmul import GROUPED_MATMUL, grouped_matmul
 from pallas_kernels.op import Case
 
-IMPLEMENTATIONS = ("xla", "pallas")
+# The package exports the function by the module's name.
+module = importlib.import_module("pallas_kernels.grouped_matmul")
+# The default tier runs the kernel; the reference is what most of its checks compare with.
+KERNEL_FIRST = (pytest.param("xla", marks=pytest.mark.slow), "pallas")
 
 
 def arguments_of(case: Case) -> dict:
@@ -45,7 +48,10 @@ def test_examples() -> None:
     assert doctest.testmod(module).failed == 0
 
 
-@pytest.mark.parametrize("sizes", [(0, 0, 0), (7, 0, 3), (16, 1, 15), (0, 0, 40), (1, 1, 1), (32, 8, 0)])
+MORE_SIZES = [(0, 0, 0), (16, 1, 15), (0, 0, 40), (1, 1, 1), (32, 8, 0)]
+
+
+@pytest.mark.parametrize("sizes", [(7, 0, 3), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in MORE_SIZES)])
 def test_tiles_cover_every_row_once_and_cross_no_edge(sizes: tuple[int, ...]) -> None:
     rows, block = 40, 16
     expert, start, stop = np.asarray(module._row_tiles(jnp.array(sizes, jnp.int32), rows, block))
@@ -58,13 +64,14 @@ def test_tiles_cover_every_row_once_and_cross_no_edge(sizes: tuple[int, ...]) ->
     assert sorted(covered) == list(range(rows))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", KERNEL_FIRST)
 def test_rows_of_nobody_and_other_groups_change_nothing(implementation: str) -> None:
     """Poison in rows of nobody reaches no result but their own gradient's, which is zero."""
     case = GROUPED_MATMUL.cases[0]
     arguments = arguments_of(case)
     trained = {name: arguments.pop(name) for name in case.differentiable}
 
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # LLVM is slower than the run
     def run(trained):
         y, back = jax.vjp(lambda t: grouped_matmul(**t, **arguments, implementation=implementation), trained)
         return y, back(jnp.ones_like(y))[0]
@@ -73,13 +80,14 @@ def test_rows_of_nobody_and_other_groups_change_nothing(implementation: str) -> 
     poisoned = trained | {"x": trained["x"].at[used:].set(jnp.float32(1e30))}
     (y, gradients), (clean_y, clean) = run(poisoned), run(trained)
     np.testing.assert_array_equal(y, clean_y)
-    assert not np.any(y[used:]) and not np.any(gradients["x"][used:])
+    assert not np.any(y[used:])
+    assert not np.any(gradients["x"][used:])
     jax.tree.map(np.testing.assert_array_equal, gradients, clean)
     # The check can fail: the row before them does change the result.
     assert np.any(run(trained | {"x": trained["x"].at[used - 1].set(jnp.float32(1e3))})[0] != clean_y)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", KERNEL_FIRST)
 def test_a_quantized_weight_gets_no_gradient_and_is_kept_as_codes(implementation: str) -> None:
     rng = np.random.default_rng(0)
     weight = Codes(jnp.asarray(rng.integers(-100, 100, (3, 24, 20)), jnp.int8))
@@ -101,15 +109,15 @@ def test_no_weight_gradient_unless_it_is_asked_for() -> None:
         rest = {name: value for name, value in arguments.items() if name not in trained}
         loss = lambda t: jnp.sum(grouped_matmul(**t, **rest, implementation="xla"))  # noqa: E731
         jaxpr = jax.make_jaxpr(jax.grad(loss))({name: arguments[name] for name in trained})
-        shapes = [out.aval.shape for equation in all_equations(jaxpr) for out in equation.outvars]
+        shapes = [getattr(out.aval, "shape", None) for equation in all_equations(jaxpr) for out in equation.outvars]
         return sum(shape == arguments["weight"].shape for shape in shapes)
 
     assert sums("x", "lora_A", "lora_B") == 0
     assert sums("x", "weight") > 0
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", [(0, 8, 4), (5, 8, 0)])
+@pytest.mark.parametrize("implementation", KERNEL_FIRST)
+@pytest.mark.parametrize("shape", [(0, 8, 4), pytest.param((5, 8, 0), marks=pytest.mark.slow)])
 def test_nothing_to_multiply(implementation: str, shape: tuple[int, int, int]) -> None:
     rows, size_in, size_out = shape
     x, weight = jnp.ones((rows, size_in)), jnp.ones((2, size_out, size_in))
@@ -118,7 +126,7 @@ def test_nothing_to_multiply(implementation: str, shape: tuple[int, int, int]) -
     assert not np.any(back(y)[0])
 
 
-@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("transposed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_several_tiles_in_every_direction(transposed: bool) -> None:
     rng = np.random.default_rng(0)
     sizes, rows = (37, 0, 1, 50), 100
@@ -126,8 +134,9 @@ def test_several_tiles_in_every_direction(transposed: bool) -> None:
     weight = jnp.asarray(rng.standard_normal((4, 88, 72) if transposed else (4, 72, 88)), jnp.float32)
     group_sizes = jnp.array(sizes, jnp.int32)
     got = module._Tiled(x, group_sizes).times(x, weight, transposed=transposed, block=(16, 32, 16))
-    dense = weight if transposed else jnp.swapaxes(weight, 1, 2)
-    want = dense_references.grouped_matmul(x, dense, group_sizes, None, None, scale=1.0)
+    dense = np.asarray(weight if transposed else jnp.swapaxes(weight, 1, 2), np.float64)
+    with jax.enable_x64(True):
+        want = dense_references.grouped_matmul(np.asarray(x, np.float64), dense, group_sizes, None, None, scale=1.0)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
     sums = module._Tiled(x, group_sizes).sums(x, got, jnp.float32(2), jnp.float32, block=(16, 32, 16))
     starts = np.concatenate([[0], np.cumsum(sizes)])

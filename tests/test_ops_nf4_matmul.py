@@ -45,7 +45,8 @@ def test_leading_axes_and_no_tokens(implementation: str, shape: tuple[int, ...])
     arrays, x = quantized(16, 64), normal(*shape, seed=1)
     got, pull_back = jax.vjp(lambda x: nf4_matmul(x, *arrays, implementation=implementation), x)
     assert got.shape == (*shape[:-1], 16)
-    np.testing.assert_allclose(got, x @ nf4.dequantize(*arrays).T, rtol=0, atol=1e-4)
+    want = np.asarray(x) @ np.asarray(nf4.dequantize(*arrays)).T  # by numpy: a GPU would round float32 to TF32
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
     assert pull_back(got)[0].shape == x.shape
 
 
@@ -82,7 +83,7 @@ def test_few_tokens_run_the_kernel_and_many_a_plain_matmul() -> None:
             ).choice.implementation
             for tokens in (1, 128, 129)
         }
-    assert chosen == {1: "pallas", 128: "pallas", 129: "xla"}
+    assert chosen == {1: "pallas", 128: "pallas", 129: "dequantize"}
 
 
 def test_the_kernel_reads_the_stack_of_words_in_place() -> None:

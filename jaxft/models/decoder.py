@@ -49,8 +49,8 @@ class Block(nnx.Module):
         attended_BTD, cache = self.self_attn(
             self.input_layernorm(x_BTD), info, facts, layer=layer, cache=cache, dropout_key=dropout_key
         )
-        x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD), dropout_key), cache
+        normed_BTD, x_BTD = self.post_attention_layernorm.add(attended_BTD, x_BTD)
+        return x_BTD + self.mlp(normed_BTD, dropout_key), cache
 
 
 class Segment(NamedTuple):

@@ -108,6 +108,10 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return pk.rms_norm(x, self.weight.get_value(), eps=self.eps)
 
+    def add(self, x: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(the norm of x + residual, x + residual), in one pass."""
+        return pk.add_rms_norm(x, residual, self.weight.get_value(), eps=self.eps)
+
 
 class Embedding(nnx.Module):
     """Rows of `weight` [V, D] by token id."""

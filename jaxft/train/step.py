@@ -16,6 +16,10 @@ from jaxft.models.decoder import Decoder
 LossFunction = Callable[[Decoder, Any], LossOutput]
 Step = Callable[[nnx.State, nnx.State, optax.OptState, Any], tuple[nnx.State, optax.OptState, dict[str, jax.Array]]]
 
+# cuBLAS instead of XLA's Triton products: an adapter's low-rank term is then added in the epilogue of the large product
+# (q, k and v of Llama-3.1-8B over NF4, forward and backward on an H100: 1.38 ms instead of 1.53).
+COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+
 
 def make_train_step(graphdef: nnx.GraphDef, loss: LossFunction, tx: optax.GradientTransformation) -> Step:
     """The jitted step; `trainable` and `opt_state` are donated.
@@ -52,4 +56,4 @@ def make_train_step(graphdef: nnx.GraphDef, loss: LossFunction, tx: optax.Gradie
         metrics = {**sums, "loss": sums["loss"] / weight, "grad_norm": optax.tree.norm(grads)}
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
-    return jax.jit(step, donate_argnums=(0, 2))
+    return jax.jit(step, donate_argnums=(0, 2), compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))

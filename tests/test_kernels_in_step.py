@@ -1,0 +1,57 @@
+"""The train step that a GPU runs, lowered here: every kernel is in it, as often as it should be."""
+
+from __future__ import annotations
+
+import jax
+import optax
+import pytest
+
+from jaxft import losses
+from jaxft.models import labels
+from jaxft.train.step import make_train_step
+from lowering import h100, kernel_names
+from models import batch_of, decoder_of, random_examples, with_adapter
+
+# One layer's calls (a scan's body counts once) and those of the final norm and the loss.
+WITHOUT_REMAT = {
+    "nf4_dequantize": 7 + 7,  # seven linears, each decoded once a direction
+    "rms_norm_forward": 1 + 1,
+    "add_rms_norm_forward": 1,
+    "rms_norm_backward": 2 + 1,
+    "rope": 1 + 1,
+    "attention_forward": 1,
+    "attention_backward_queries": 1,
+    "attention_backward_keys": 1,
+    "linear_cross_entropy_kernel": 1,
+}
+# The layer's forward pass again; what down_proj gives is not needed for its backward pass.
+RECOMPUTED = {
+    "nf4_dequantize": 6,
+    "rms_norm_forward": 1,
+    "add_rms_norm_forward": 1,
+    "rope": 1,
+    "attention_forward": 1,
+}
+
+
+def lowered_step(remat: str) -> str:
+    decoder = with_adapter(decoder_of(quantization="nf4", remat=remat))
+    graphdef, trainable, frozen = labels.split(decoder)
+    tx = optax.sgd(1.0)
+    batch = batch_of(random_examples([9, 4, 12, 7]), [[0, 1], [2, 3]], 32)
+    step = make_train_step(graphdef, losses.sft, tx)
+    return step.trace(trainable, frozen, tx.init(trainable), batch).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_kernels_are_in_the_step_once_each_where_expected(remat: str) -> None:
+    with h100():
+        counts = kernel_names(lowered_step(remat))
+    again = RECOMPUTED if remat == "full" else {}
+    assert counts == {name: count + again.get(name, 0) for name, count in WITHOUT_REMAT.items()}
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the default there is what the test above shows")
+def test_a_program_whose_ops_chose_for_a_cpu_has_none() -> None:
+    """Negative control: outside of `h100` the ops choose XLA."""
+    assert not kernel_names(lowered_step("none"))
