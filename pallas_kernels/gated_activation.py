@@ -136,6 +136,10 @@ def _check(op: str, activation: str, *arrays: jax.Array) -> None:
 def _reference(
     gate: jax.Array, up: jax.Array, *, activation: str = "silu", alpha: float = 1.702, limit: float = 7.0
 ) -> jax.Array:
+    return _recomputing(gate, up, _Kind(activation, alpha, limit))
+
+
+def _plain(gate: jax.Array, up: jax.Array, *, activation: str, alpha: float, limit: float) -> jax.Array:
     x, factor = gate.astype(jnp.float32), up.astype(jnp.float32)
     if activation == "clamped_swiglu":
         x = jnp.where(x > limit, limit, x)
@@ -151,7 +155,8 @@ def _reference(
 def _reference_backward(
     gate: jax.Array, up: jax.Array, g: jax.Array, *, activation: str, **clamp: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    h, pull_back = jax.vjp(functools.partial(_reference, activation=activation, **clamp), gate, up)
+    clamp = {"alpha": 1.702, "limit": 7.0} | clamp
+    h, pull_back = jax.vjp(functools.partial(_plain, activation=activation, **clamp), gate, up)
     return h, *pull_back(g)
 
 
@@ -161,6 +166,23 @@ class _Kind(NamedTuple):
     activation: str
     alpha: float
     limit: float
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _recomputing(gate, up, kind: _Kind):
+    """`_plain`, but kept for the backward pass are gate and up only: autodiff would keep several float32 arrays."""
+    return _plain(gate, up, **kind._asdict())
+
+
+def _recomputing_fwd(gate, up, kind):
+    return _recomputing(gate, up, kind), (gate, up)
+
+
+def _recomputing_bwd(kind, residuals, g):
+    return _reference_backward(*residuals, g, **kind._asdict())[1:]
+
+
+_recomputing.defvjp(_recomputing_fwd, _recomputing_bwd)
 
 
 class _Tiling(NamedTuple):

@@ -280,7 +280,7 @@ def parameter_cotangents(
         d_bias = None if linear.bias is None else jnp.sum(g.astype(jnp.float32), axis=0)
         d_B = None if low_i is None else einsum_float32("to,tr->or", g, low_i)
         gradients = (d_weight, d_bias, d_A_i, d_B)
-        found.append(LoraWeights(*map(_like, gradients, linear[:4]), None, None))  # pyright: ignore[reportArgumentType]
+        found.append(LoraWeights._make((*map(_like, gradients, linear[:4]), None, None)))
     return tuple(found)
 
 
@@ -338,9 +338,11 @@ def _dropped(x: jax.Array, adapter: Adapter, dropout: float) -> jax.Array:
 
 def instantiate(cotangent: Any) -> jax.Array:
     """The zeros behind the cotangent of a result that nothing uses."""
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return jnp.zeros(cotangent.shape, cotangent.dtype)
-    return cotangent
+    return _zeros(cotangent) if isinstance(cotangent, jax.custom_derivatives.SymbolicZero) else cotangent
+
+
+def _zeros(like: Any) -> jax.Array:
+    return jnp.zeros(like.shape, like.dtype)
 
 
 def values(primals: Any) -> Any:
@@ -392,7 +394,7 @@ _linears.defvjp(_linears_fwd, _linears_bwd, symbolic_zeros=True)
 def _shared_input(dropout: float, x: jax.Array, linears: tuple[LoraWeights, ...]) -> tuple[jax.Array, ...]:
     """`_linears` over any leading axes."""
     out = _linears(dropout, x.reshape(-1, x.shape[-1]), linears)
-    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in out)
+    return jax.tree.map(lambda y: y.reshape(*x.shape[:-1], y.shape[-1]), out)
 
 
 def _linear_reference(

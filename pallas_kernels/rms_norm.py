@@ -128,7 +128,7 @@ class _Norm(NamedTuple):
     eps: float
     weight_offset: float
     elements: int = 4096
-    forward_warps: int = 4
+    forward_warps: int = 8
     backward_warps: int = 8
     weight_programs: int = 528
 

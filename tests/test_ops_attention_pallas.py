@@ -48,6 +48,7 @@ def expected(q, k, v, g, ids, sinks, **facts):
     sinks = None if sinks is None else np.asarray(sinks).astype(np.float64)
     with jax.enable_x64(True):
 
+        @jax.jit
         def attend(q, k, v, sinks):
             return dense_references.attention(q, k, v, segment_ids=ids, sinks=sinks, **facts)
 
