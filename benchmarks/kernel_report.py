@@ -15,24 +15,25 @@ from pallas_kernels import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- kernels: start -->", "<!-- kernels: end -->"
-HEADER = (
-    "| operation, size, direction | replaces | saves | runs | ms | of the ceiling | XLA / ours | best peer / ours |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- |"
-)
+COLUMNS = ("operation, size, direction", "replaces", "saves", "runs", "ms", "of the ceiling", "XLA / ours")
+PEER_COLUMN = "best peer / ours"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line for each benchmark, with what `implementation=None` chooses."""
-    return "\n".join([HEADER, *(_line(row, rows) for row in rows if row["chosen"])])
+    with_peers = any(row["peer"] for row in rows)
+    columns = (*COLUMNS, PEER_COLUMN) if with_peers else COLUMNS
+    lines = [_cells(row, rows)[: len(columns)] for row in rows if row["chosen"]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *lines])
 
 
-def _line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     op = OPS[row["benchmark"].split(",")[0]]
     xla = next(
         (r["milliseconds"] for r in rows if r["benchmark"] == row["benchmark"] and r["implementation"] == "xla"), None
     )
     peer = row["peer_milliseconds"]
-    cells = [
+    return [
         row["benchmark"],
         op.replaces,
         op.saves,
@@ -42,7 +43,6 @@ def _line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "" if xla is None else f"{xla / row['milliseconds']:.2f}",
         "" if peer is None else f"{peer / row['milliseconds']:.2f} ({row['peer']})",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def draw(rows: list[dict[str, Any]], device: str, file: Path) -> None:

@@ -434,6 +434,8 @@ def _cached_case(
 ATTENTION = register(
     Op(
         name="attention",
+        replaces="scores, softmax, product",
+        saves="the [T, S] scores; blocks that no query sees",
         implementations={name: _implementation(name) for name in _KERNELS},
         cases=(
             _case("one document", (2, 9, 4, 4, 16)),

@@ -179,7 +179,8 @@ def _recomputing_fwd(gate, up, kind):
 
 
 def _recomputing_bwd(kind, residuals, g):
-    return _reference_backward(*residuals, g, **kind._asdict())[1:]
+    gate, up = residuals
+    return _reference_backward(gate, up, g, **kind._asdict())[1:]
 
 
 _recomputing.defvjp(_recomputing_fwd, _recomputing_bwd)
@@ -352,6 +353,8 @@ def _backward_case(name: str, shape: tuple[int, ...], activation: str, scale: fl
 GATED_ACTIVATION = register(
     Op(
         name="gated_activation",
+        replaces="activation and product",
+        saves="float32 residuals: keeps gate and up only",
         implementations={"xla": Implementation(_reference), "pallas": Implementation(_pallas, refuses=_refuses)},
         cases=(
             _case("silu, odd sizes", (3, 7, 65), "silu"),

@@ -508,6 +508,8 @@ def _qkv_case(
 LORA_LINEAR = register(
     Op(
         name="lora_linear",
+        replaces="base, adapter and their backward passes",
+        saves="the decoded weight as a residual; a pass for the adapter",
         implementations={"xla": Implementation(_linear_reference)},
         cases=(
             _linear_case("adapter", (2, 7), (49, 33), 4),
@@ -522,6 +524,8 @@ LORA_LINEAR = register(
 LORA_QKV = register(
     Op(
         name="lora_qkv",
+        replaces="three linears with adapters",
+        saves="reading x once for each adapter",
         implementations={"xla": Implementation(_qkv_reference)},
         cases=(
             _qkv_case("grouped heads", 7, 33, (24, 8, 8), (4, 4, 4)),

@@ -191,6 +191,8 @@ def _case(
 LORA_MLP = register(
     Op(
         name="lora_mlp",
+        replaces="three linears with adapters and the gate",
+        saves="h as a residual: it is made again",
         implementations={"xla": Implementation(_reference)},
         rank=_rank,
         cases=(

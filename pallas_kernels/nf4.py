@@ -383,6 +383,8 @@ def _case(name: str, shape: tuple[int, int], *, layers: int | None = None, doubl
 NF4_DEQUANTIZE = register(
     Op(
         name="nf4_dequantize",
+        replaces="gathers for codes and scales",
+        saves="passes for the nested scales; a slice of the stack",
         implementations={
             "xla": Implementation(_reference),
             "pallas": Implementation(_pallas, refuses=_pallas_refuses),

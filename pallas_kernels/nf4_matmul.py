@@ -389,6 +389,8 @@ def _case(name: str, tokens: int, shape: tuple[int, int], *, layers: int | None 
 NF4_MATMUL = register(
     Op(
         name="nf4_matmul",
+        replaces="decoding a weight to multiply few tokens",
+        saves="writing and reading the decoded weight",
         implementations={
             "xla": Implementation(_implementation(_reference, decode="xla")),
             "dequantize": Implementation(_implementation(_decode_and_multiply), refuses=_dequantize_refuses),

@@ -389,6 +389,8 @@ def _case(name: str, shape: tuple[int, ...], *, summands: tuple[str, ...] = ("x"
 RMS_NORM = register(
     Op(
         name="rms_norm",
+        replaces="several passes over x, forward and backward",
+        saves="reading x twice; keeps one number a row",
         implementations={"xla": Implementation(_reference), "pallas": Implementation(_pallas, refuses=_refuses)},
         rank=_rank,
         cases=(
@@ -402,6 +404,8 @@ RMS_NORM = register(
 ADD_RMS_NORM = register(
     Op(
         name="add_rms_norm",
+        replaces="residual add, then norm",
+        saves="one pass over the sum each way",
         implementations={
             "xla": Implementation(_reference_add),
             "pallas": Implementation(_pallas_add, refuses=_refuses),

@@ -207,6 +207,8 @@ def _case(name: str, q_shape: tuple[int, int, int, int], num_kv_heads: int, half
 ROPE = register(
     Op(
         name="rope",
+        replaces="two rotations into new arrays",
+        saves="new arrays for q and k",
         implementations={"xla": Implementation(_reference), "pallas": Implementation(_pallas, refuses=_refuses)},
         rank=_rank,
         cases=(
