@@ -36,4 +36,5 @@ def sft(decoder: Decoder, batch: Batch, dropout_key: jax.Array | None = None) ->
         batch.targets.reshape(-1),
         batch.loss_mask.reshape(-1),
     )
-    return total, weight, {"tokens": jnp.sum(batch.segment_ids > 0).astype(jnp.float32)}
+    tokens = jnp.int32(batch.tokens.size) if batch.segment_ids is None else jnp.sum(batch.segment_ids > 0)
+    return total, weight, {"tokens": tokens.astype(jnp.float32)}

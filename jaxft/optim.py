@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from jaxft.errors import JaxftError
+from pallas_kernels import adamw_8bit as quantized
 
 Scheduler = Literal["linear", "cosine", "constant"]
+Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"]
+
+MIN_8BIT_SIZE = 4096  # values; bitsandbytes' min_8bit_size
 
 
 def schedule(kind: Scheduler | str, learning_rate: float, *, total_steps: int, warmup_steps: int) -> optax.Schedule:
@@ -45,3 +53,138 @@ def adamw(
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) after clipping by the global norm (None or 0: none)."""
     update = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), update) if max_grad_norm else update
+
+
+class Moments(NamedTuple):
+    """Both moments of a small parameter, float32 [...]."""
+
+    m: jax.Array
+    v: jax.Array
+
+
+class AdamW8bitState(NamedTuple):
+    """What `adamw_8bit` keeps.
+
+    Attributes:
+      count: int32, the steps done.
+      moments: the parameters' tree with `pallas_kernels.adamw_8bit.State` or `Moments` for each leaf.
+    """
+
+    count: jax.Array
+    moments: Any
+
+
+def adamw_8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = 1.0,
+    paged: bool = False,
+) -> optax.GradientTransformation:
+    """AdamW with 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861) after clipping by the global norm.
+
+    In blocks of 256 values a moment is a code a value and an absmax a block, 2.03 bytes a parameter for both; leaves
+    of fewer than 4096 values keep them in float32, as in bitsandbytes. Each step, with t counted from 1, decodes them,
+
+        m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
+        update = -lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps) - lr weight_decay p
+
+    in float32, and encodes the new ones. Updates are float32 whatever the parameter's dtype, so `optax.apply_updates`
+    rounds a bfloat16 parameter once. Without weight decay the new parameter and, with or without, the state are bit for
+    bit those of `pallas_kernels.adamw_8bit.update` where that rounds product and difference apart (on a CPU); with it
+    the parameter differs by the rounding of p (1 - lr weight_decay).
+
+    Args:
+      learning_rate: a float, a traced scalar, or a schedule, called with the number of steps done.
+      b1, b2, eps, weight_decay: AdamW's.
+      max_grad_norm: None or 0: no clipping.
+      paged: keep the 8-bit moments in pinned host memory between steps. On a CPU that is where they are anyway.
+    """
+    paged = paged and jax.default_backend() != "cpu"
+
+    def init(params: optax.Params) -> AdamW8bitState:
+        return AdamW8bitState(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: _to_host(_init(p), paged), params))
+
+    def update(
+        gradients: optax.Updates, state: AdamW8bitState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, AdamW8bitState]:
+        if params is None:
+            raise ValueError("adamw_8bit: update needs params")
+        rate = jnp.asarray(learning_rate(state.count) if callable(learning_rate) else learning_rate, jnp.float32)
+        count = optax.safe_increment(state.count)
+        leaves, tree = jax.tree.flatten(gradients)
+        updates, moments = [], []
+        for g, old, p in zip(leaves, tree.flatten_up_to(state.moments), tree.flatten_up_to(params), strict=True):
+            step, new = _step(g, _to_device(old, paged), step=count, learning_rate=rate, b1=b1, b2=b2, eps=eps)
+            updates.append(step - rate * jnp.float32(weight_decay) * p.astype(jnp.float32) if weight_decay else step)
+            moments.append(_to_host(new, paged))
+        return tree.unflatten(updates), AdamW8bitState(count, tree.unflatten(moments))
+
+    transformation = optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), transformation) if max_grad_norm else transformation
+
+
+def _init(parameter: jax.Array) -> quantized.State | Moments:
+    if parameter.size >= MIN_8BIT_SIZE:
+        return quantized.init(parameter)
+    return Moments(*(jnp.zeros(parameter.shape, jnp.float32) for _ in Moments._fields))
+
+
+def _step(
+    gradient: jax.Array,
+    moments: quantized.State | Moments,
+    *,
+    step: jax.Array,
+    learning_rate: jax.Array,
+    b1: float,
+    b2: float,
+    eps: float,
+) -> tuple[jax.Array, quantized.State | Moments]:
+    """(update without weight decay, float32 [...]; the new moments)."""
+    if isinstance(moments, quantized.State):
+        # What a step makes of a parameter of zeros is the update itself.
+        zeros = jnp.zeros(gradient.shape, jnp.float32)
+        return quantized.update(zeros, gradient, moments, step=step, learning_rate=learning_rate, b1=b1, b2=b2, eps=eps)
+    g = gradient.astype(jnp.float32)
+    m = b1 * moments.m + (1 - b1) * g
+    v = b2 * moments.v + (1 - b2) * g * g
+    mean, mean_square = m / quantized.bias_correction(b1, step), v / quantized.bias_correction(b2, step)
+    return -learning_rate * mean / (jnp.sqrt(mean_square) + eps), Moments(m, v)
+
+
+def _to_host(moments: quantized.State | Moments, paged: bool) -> quantized.State | Moments:
+    """Large moments in pinned host memory."""
+    large = paged and isinstance(moments, quantized.State)
+    return jax.device_put(moments, jax.memory.Space.Host) if large else moments
+
+
+def _to_device(moments: quantized.State | Moments, paged: bool) -> quantized.State | Moments:
+    """The inverse of `_to_host`."""
+    large = paged and isinstance(moments, quantized.State)
+    return jax.device_put(moments, jax.memory.Space.Device) if large else moments
+
+
+_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw_torch": adamw,
+    "adamw_torch_fused": adamw,
+    "adamw": adamw,
+    "adamw_8bit": adamw_8bit,
+    "adamw_bnb_8bit": adamw_8bit,
+    "paged_adamw_8bit": functools.partial(adamw_8bit, paged=True),
+}
+
+
+def optimizer(
+    name: Optimizer | str, learning_rate: optax.ScalarOrSchedule, **settings: Any
+) -> optax.GradientTransformation:
+    """The optimizer behind a name of TRL's `optim` setting; `settings` are the keywords of `adamw`.
+
+    Raises:
+      JaxftError: an unknown name.
+    """
+    if name not in _OPTIMIZERS:
+        raise JaxftError("optim", f"{name!r} is not known", f"Choose one of {', '.join(_OPTIMIZERS)}")
+    return _OPTIMIZERS[name](learning_rate, **settings)

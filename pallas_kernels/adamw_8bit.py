@@ -180,17 +180,17 @@ class _Scalars(NamedTuple):
     correction2: jax.Array
 
 
-def _scalars(step: Any, learning_rate: Any, b1: float, b2: float, eps: float, weight_decay: float) -> jax.Array:
+def _scalars(*, step: Any, learning_rate: Any, b1: float, b2: float, eps: float, weight_decay: float) -> jax.Array:
     """float32 [8], in the order of `_Scalars`."""
     learning_rate = jnp.asarray(learning_rate, jnp.float32)
     decay = 1 - learning_rate * jnp.float32(weight_decay)
-    step_size = learning_rate / _bias_correction(b1, step)
-    correction2 = jnp.sqrt(_bias_correction(b2, step))
+    step_size = learning_rate / bias_correction(b1, step)
+    correction2 = jnp.sqrt(bias_correction(b2, step))
     fixed = [jnp.float32(value) for value in (b1, 1 - b1, b2, 1 - b2, eps)]
     return jnp.stack([*fixed, decay, step_size, correction2])
 
 
-def _bias_correction(b: float, step: Any) -> jax.Array:
+def bias_correction(b: float, step: Any) -> jax.Array:
     """1 - b^step: 1 - 0.999 has but ten bits left when it is subtracted in float32."""
     return -jnp.expm1(jnp.asarray(step, jnp.float32) * jnp.float32(math.log(b) if b else -math.inf))
 
@@ -271,15 +271,10 @@ def _reference(
     m_absmax: jax.Array,
     v_codes: jax.Array,
     v_absmax: jax.Array,
-    *,
-    step: Any,
-    learning_rate: Any,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
+    **settings: Any,
 ) -> tuple[jax.Array, ...]:
-    scalars = _Scalars(*_scalars(step, learning_rate, b1, b2, eps, weight_decay))
+    """settings: those of `_scalars`."""
+    scalars = _Scalars(*_scalars(**settings))
     p, g = _blocked(parameter).astype(jnp.float32), _blocked(gradient).astype(jnp.float32)
     m, v = (
         jnp.asarray(kind.values)[_blocked(codes, kind.zero)] * absmax[:, None]
@@ -304,17 +299,12 @@ def _pallas(
     v_codes: jax.Array,
     v_absmax: jax.Array,
     *,
-    step: Any,
-    learning_rate: Any,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
     rows: int = 2,
     num_warps: int = 2,
+    **settings: Any,
 ) -> tuple[jax.Array, ...]:
-    """One program updates `rows` blocks (`rows` and `num_warps` are for tuning)."""
-    scalars = _scalars(step, learning_rate, b1, b2, eps, weight_decay)
+    """One program updates `rows` blocks (`rows` and `num_warps` are for tuning); settings: those of `_scalars`."""
+    scalars = _scalars(**settings)
     blocks = m_absmax.shape[0]
     codes = _blocked(m_codes, SIGNED.zero), _blocked(v_codes, UNSIGNED.zero)
     state = (_blocked(parameter), codes[0], m_absmax, codes[1], v_absmax)

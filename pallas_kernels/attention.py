@@ -286,23 +286,32 @@ def _xla_backward(q, k, v, segment_ids, sinks, out, lse, g, *, scale, sliding_wi
     return dq.reshape(q.shape).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dsinks
 
 
-def _xla_refuses(platform: str, q: Any, k: Any, v: Any, **facts: Any) -> str | None:
-    return None
-
-
 class _Kernels(NamedTuple):
-    """One implementation: (forward, backward, refuses); see `attention_pallas` for their signatures."""
+    """One implementation; see `attention_pallas` for the signatures. None: it takes every dtype, or refuses nothing."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
-    refuses: Callable[..., str | None]
+    dtypes: tuple[Any, ...] | None = None
+    refuses: Callable[..., str | None] | None = None
+
+
+def _of(module: Any) -> _Kernels:
+    return _Kernels(module.forward, module.backward, module.DTYPES, module.refuses)
 
 
 _KERNELS = {
-    "xla": _Kernels(_xla_forward, _xla_backward, _xla_refuses),
-    "pallas": _Kernels(attention_pallas.forward, attention_pallas.backward, attention_pallas.refuses),
-    "cudnn": _Kernels(attention_cudnn.forward, attention_cudnn.backward, attention_cudnn.refuses),
+    "xla": _Kernels(_xla_forward, _xla_backward),
+    "pallas": _of(attention_pallas),
+    "cudnn": _of(attention_cudnn),
 }
+
+
+def _refuses(kernels: _Kernels, platform: str, q: Any, k: Any, v: Any, **facts: Any) -> str | None:
+    reason = None if kernels.refuses is None else kernels.refuses(platform, q, k, v, **facts)
+    if reason is None and kernels.dtypes is not None and not (q.dtype == k.dtype == v.dtype in kernels.dtypes):
+        names = " or ".join(jnp.dtype(dtype).name for dtype in kernels.dtypes)
+        return f"q, k and v must all be {names}, not {q.dtype}, {k.dtype} and {v.dtype}"
+    return reason
 
 
 class _Static(NamedTuple):
@@ -344,7 +353,7 @@ def _implementation(name: str) -> Implementation:
             return jnp.zeros_like(q)  # depends on nothing, so every gradient is 0 too; kernels need something to do
         return _attention(_Static(name, scale, sliding_window, soft_cap), q, k, v, segment_ids, sinks)
 
-    return Implementation(function, _KERNELS[name].refuses)
+    return Implementation(function, functools.partial(_refuses, _KERNELS[name]))
 
 
 def _rank(

@@ -77,21 +77,8 @@ class _Facts:
         return (self.scale if self.soft_cap is None else self.soft_cap) * LOG2E
 
 
-def refuses(
-    platform: str,
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    segment_ids: Any = None,
-    sinks: Any = None,
-    scale: float,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-) -> str | None:
+def refuses(platform: str, q: Any, k: Any, v: Any, *, scale: float, **others: Any) -> str | None:
     """Why the kernels cannot run these arguments, or None where they can."""
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
-        return f"q, k and v must all be float32, bfloat16 or float16, not {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[1] != k.shape[1]:
         return f"every query needs its key: {q.shape[1]} queries, {k.shape[1]} keys"
     if not 1 <= q.shape[3] <= LARGEST_HEAD:
@@ -115,7 +102,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out [B, T, N, H] in q's dtype, lse float32 [B, N, T])."""
     batch, length, num_heads, _ = q.shape
-    tiling = tiling or _forward_tiling(q)
+    tiling = tiling or _tilings(q).forward
     facts = _facts(q, k, segment_ids, sinks, scale, sliding_window, soft_cap, tiling)
     visits = _visits(length, (tiling.own, tiling.other), segment_ids, sliding_window)
     return backend.call(
@@ -148,8 +135,8 @@ def backward(
     """Returns (dq, dk, dv, dsinks or None), from what `forward` returned and its output's cotangent g."""
     g = g.astype(q.dtype)
     options = (segment_ids, sinks, scale, sliding_window, soft_cap)
-    dq, delta = _queries_backward(q, k, v, out, lse, g, queries_tiling or _queries_tiling(q), *options)
-    dk, dv = _keys_backward(q, k, v, lse, delta, g, keys_tiling or _keys_tiling(q), *options)
+    dq, delta = _queries_backward(q, k, v, out, lse, g, queries_tiling or _tilings(q).queries, *options)
+    dk, dv = _keys_backward(q, k, v, lse, delta, g, keys_tiling or _tilings(q).keys, *options)
     return dq, dk, dv, None if sinks is None else _sinks_backward(sinks, lse, delta)
 
 
@@ -189,27 +176,30 @@ def _sinks_backward(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.A
     return -jnp.sum(p * delta, axis=(0, 2)).astype(sinks.dtype)
 
 
-def _forward_tiling(q: Any) -> Tiling:
+@dataclasses.dataclass(frozen=True)
+class _Tilings:
+    """One for each of the three kernels."""
+
+    forward: Tiling
+    queries: Tiling
+    keys: Tiling
+
+
+# Heads up to 128, 16 bits. 32 / 8 heads of 128, forward and backward on an H100: 0.702 ms for 2 x 2048 tokens, 4.79 for
+# 1 x 8192. Queries in blocks of 128 (8 warps, 3 stages forward): 0.755 and 5.16; 3 stages backward: 0.749 to 0.774.
+NARROW = _Tilings(Tiling(128, 64, 4, 2), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2))
+# Heads up to 256, 16 bits: what fits into shared memory.
+WIDE = _Tilings(Tiling(128, 32, 8, 2), Tiling(64, 32, 4, 2), Tiling(64, 32, 8, 2))
+# float32: exact products do not run on tensor cores, and keep whole factors in registers.
+EXACT = _Tilings(*[Tiling(32, 32, 8, 1)] * 3)
+EXACT_WIDE = _Tilings(*[Tiling(16, 16, 8, 1)] * 3)
+
+
+def _tilings(q: Any) -> _Tilings:
+    width = _width(q.shape[3])
     if q.dtype == jnp.float32:
-        return _exact_tiling(q)
-    return Tiling(128, 64, 8, 3) if _width(q.shape[3]) <= 128 else Tiling(128, 32, 8, 2)
-
-
-def _queries_tiling(q: Any) -> Tiling:
-    if q.dtype == jnp.float32:
-        return _exact_tiling(q)
-    return Tiling(128, 64, 8, 2) if _width(q.shape[3]) <= 128 else Tiling(64, 32, 4, 2)
-
-
-def _keys_tiling(q: Any) -> Tiling:
-    if q.dtype == jnp.float32:
-        return _exact_tiling(q)
-    return Tiling(64, 64, 4, 2) if _width(q.shape[3]) <= 128 else Tiling(64, 32, 8, 2)
-
-
-def _exact_tiling(q: Any) -> Tiling:
-    """For float32: exact products do not run on tensor cores, and keep whole factors in registers."""
-    return Tiling(32, 32, 8, 1) if _width(q.shape[3]) <= 64 else Tiling(16, 16, 8, 1)
+        return EXACT if width <= 64 else EXACT_WIDE
+    return NARROW if width <= 128 else WIDE
 
 
 def _width(head_dim: int) -> int:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import backend
-from pallas_kernels.op import Case, Implementation, Op, normal, register
+from pallas_kernels.op import Case, Choice, Implementation, Op, normal, register
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "clamped_swiglu")
 
@@ -332,6 +332,13 @@ def _refuses(platform: str, gate: jax.Array, *args: Any, **kwargs: Any) -> str |
     return backend.refuses_platform(platform)
 
 
+def _rank_backward(platform: str, *args: Any, **kwargs: Any) -> tuple[Choice, ...]:
+    if platform == "gpu":
+        # 8192 x 14336 on an H100: 0.388 ms, XLA 0.387.
+        return (Choice("pallas", "it writes over its inputs: three arrays of [T, F] less, in the same time"),)
+    return (Choice("xla", "the kernel is for GPUs"),)
+
+
 def _arrays(rng: np.random.Generator, names: tuple[str, ...], shape: tuple[int, ...], dtype: Any, scale: float):
     return {name: normal(rng, shape, dtype, scale) for name in names}
 
@@ -374,6 +381,7 @@ GATED_ACTIVATION_BACKWARD = register(
             "xla": Implementation(_reference_backward),
             "pallas": Implementation(_pallas_backward, refuses=_refuses),
         },
+        rank=_rank_backward,
         cases=(
             _backward_case("silu, odd sizes", (3, 7, 65), "silu"),
             _backward_case("clamped_swiglu, rows of two blocks", (5, 2049), "clamped_swiglu", scale=6.0),

@@ -2,19 +2,20 @@
 
 Row i belongs to the expert e whose group it is in; W_e [out, in], A_e [r, in], B_e [out, r]:
 
-    y[i] = x[i] W_e^T + scale (x[i] A_e^T) B_e^T            rows beyond the last group: y[i] = 0
+    h[i] = scale x[i] A_e^T        y[i] = x[i] W_e^T + h[i] B_e^T            rows beyond the last group: y[i] = 0
 
-The adapter stays split: W + scale B A is never formed. Gradients, with g the cotangent of y and h = x A_e^T:
+The adapter stays split: W + scale B A is never formed. Gradients, with g the cotangent of y:
 
-    dh[i] = g[i] B_e            dx[i] = g[i] W_e + scale dh[i] A_e
-    dA_e  = scale sum_i dh[i]^T x[i]        dB_e = scale sum_i g[i]^T h[i]        dW_e = sum_i g[i]^T x[i]
+    dh[i] = scale g[i] B_e         dx[i] = g[i] W_e + dh[i] A_e
+    dA_e  = sum_i dh[i]^T x[i]     dB_e  = sum_i g[i]^T h[i]        dW_e = sum_i g[i]^T x[i]
 
 with sums over the rows of e's group. So there are two products, each of which comes in two directions:
 
     rows times experts    [M, K] x [E, N, K] (or [E, K, N]) -> [M, N]     y, h, dh, dx
     sums over groups      [M, P] x [M, Q] -> [E, P, Q]                     dA, dB, dW
 
-Products are of arrays in x's dtype, summed in float32; h and dh are rounded to x's dtype.
+Products are of arrays in x's dtype, summed in float32; h and dh are rounded to x's dtype, after they were scaled. So
+the low-rank term is one more product into the same sum.
 
 Kernel: XLA cuts the groups into tiles of rows, none over a group's edge; there are at most M // block + E + 1 of them
 (the last group are the rows that belong to nobody, which get zeros), so the grid is static and programs without a tile
@@ -35,6 +36,7 @@ from pallas_kernels import backend
 from pallas_kernels.op import Case, Choice, Implementation, Op, normal, register
 
 SWIZZLE = 8  # tiles of rows that share a tile of columns
+LOW_RANK_BLOCK = 32  # ranks whose factors a program holds in registers while it sums over K
 
 
 def grouped_matmul(
@@ -122,8 +124,8 @@ def _forward(products, x, weight, group_sizes, lora, scale):
     if lora is None:
         return groups.times(x, _decoded(weight, x.dtype), transposed=True), None
     lora_A, lora_B = (factor.astype(x.dtype) for factor in lora)
-    h = groups.times(x, lora_A, transposed=True)
-    return groups.times(x, _decoded(weight, x.dtype), (h, lora_B, scale), transposed=True), h
+    h = groups.times(x, lora_A, scale=scale, transposed=True)
+    return groups.times(x, _decoded(weight, x.dtype), (h, lora_B), transposed=True), h
 
 
 def _fwd(products, x, weight, group_sizes, lora, scale):
@@ -138,13 +140,13 @@ def _bwd(products, residuals, g):
     x, weight, group_sizes, lora, scale, h, weight_trains = residuals
     groups = products(g, group_sizes)
     decoded = _decoded(weight, g.dtype)
-    d_weight = groups.sums(g, x, jnp.float32(1), weight.dtype) if weight_trains else None
+    d_weight = groups.sums(g, x, weight.dtype) if weight_trains else None
     if lora is None:
         return groups.times(g, decoded, transposed=False), d_weight, None, None, None
     lora_A, lora_B = (factor.astype(g.dtype) for factor in lora)
-    d_h = groups.times(g, lora_B, transposed=False)
-    d_x = groups.times(g, decoded, (d_h, lora_A, scale), transposed=False)
-    d_lora = groups.sums(d_h, x, scale, lora[0].dtype), groups.sums(g, h, scale, lora[1].dtype)
+    d_h = groups.times(g, lora_B, scale=scale, transposed=False)
+    d_x = groups.times(g, decoded, (d_h, lora_A), transposed=False)
+    d_lora = groups.sums(d_h, x, lora[0].dtype), groups.sums(g, h, lora[1].dtype)
     return d_x, d_weight, None, d_lora, None
 
 
@@ -160,16 +162,18 @@ class _Ragged:
     def __init__(self, rows: jax.Array, group_sizes: jax.Array) -> None:
         self.group_sizes = group_sizes
 
-    def times(self, rows, experts, low_rank=None, *, transposed):
+    def times(self, rows, experts, low_rank=None, scale=None, *, transposed):
         y = self._product(rows, experts, ((1,), (2 if transposed else 1,)), grouped=(0,))
         if low_rank is not None:
-            h, factor, scale = low_rank
-            y = y + scale * self._product(h, factor, ((1,), (2 if transposed else 1,)), grouped=(0,))
+            h, factor = low_rank
+            y = y + self._product(h, factor, ((1,), (2 if transposed else 1,)), grouped=(0,))
+        if scale is not None:
+            y = scale * y
         inside = jnp.arange(rows.shape[0]) < jnp.sum(self.group_sizes)
         return jnp.where(inside[:, None], y, 0).astype(rows.dtype)
 
-    def sums(self, left, right, scale, dtype):
-        return (scale * self._product(left, right, ((0,), (0,)), grouped=())).astype(dtype)
+    def sums(self, left, right, dtype):
+        return self._product(left, right, ((0,), (0,)), grouped=()).astype(dtype)
 
     def _product(self, left: jax.Array, right: jax.Array, contracted: Any, grouped: tuple[int, ...]) -> jax.Array:
         numbers = jax.lax.RaggedDotDimensionNumbers((contracted, ((), ())), (0,), grouped)
@@ -197,7 +201,7 @@ class _Tiled:
     def __init__(self, rows: jax.Array, group_sizes: jax.Array) -> None:
         self.group_sizes = group_sizes
 
-    def times(self, rows, experts, low_rank=None, *, transposed, block=None, num_warps=None, num_stages=None):
+    def times(self, rows, experts, low_rank=None, scale=None, *, transposed, block=None, num_warps=None, num_stages=3):
         (num_rows, size_k), (num_experts, *size) = rows.shape, experts.shape
         size_n = size[0] if transposed else size[1]
         out = jax.ShapeDtypeStruct((num_rows, size_n), rows.dtype)
@@ -205,28 +209,25 @@ class _Tiled:
             return jnp.zeros(out.shape, out.dtype)
         block_m, block_n, block_k = block or _times_block(num_rows // num_experts, size_n, size_k, rows.dtype)
         tiles = _row_tiles(self.group_sizes, num_rows, block_m)
-        low, scale = (), jnp.float32(1)
-        if low_rank is not None:
-            h, factor, scale = low_rank
-            low = _padded_rank(h, factor, transposed)
         return backend.call(
             _grouped_matmul_kernel,
             tiles,
-            scale.reshape(1),
             rows,
             experts,
-            *low,
+            *(() if low_rank is None else _padded_rank(low_rank, transposed)),
+            *(() if scale is None else (scale.reshape(1),)),
             out=out,
             grid=(tiles.shape[1] * _cdiv(size_n, block_n),),
             num_warps=num_warps or (8 if block_m * block_n >= 128 * 128 else 4),
-            num_stages=num_stages or 3,
+            num_stages=num_stages,
             block_m=block_m,
             block_n=block_n,
             block_k=block_k,
             transposed=transposed,
+            has_low_rank=low_rank is not None,
         )
 
-    def sums(self, left, right, scale, dtype, *, block=None, num_warps=4, num_stages=3):
+    def sums(self, left, right, dtype, *, block=None, num_warps=4, num_stages=3):
         (num_rows, size_p), size_q, num_experts = left.shape, right.shape[1], self.group_sizes.shape[0]
         out = jax.ShapeDtypeStruct((num_experts, size_p, size_q), dtype)
         if 0 in (num_rows, size_p, size_q, num_experts):
@@ -235,7 +236,6 @@ class _Tiled:
         return backend.call(
             _grouped_sums_kernel,
             _starts(self.group_sizes),
-            scale.reshape(1),
             left,
             right,
             out=out,
@@ -289,51 +289,60 @@ def _row_tiles(group_sizes: jax.Array, num_rows: int, block: int) -> jax.Array:
     return jnp.stack([known, start, jnp.where(group == known, stops[known], start)])
 
 
-def _padded_rank(h: jax.Array, factor: jax.Array, transposed: bool) -> tuple[jax.Array, jax.Array]:
+def _padded_rank(low_rank: tuple[jax.Array, jax.Array], transposed: bool) -> tuple[jax.Array, jax.Array]:
     """h [M, r] and a factor [E, N, r] (or [E, r, N]) with the rank filled up with zeros to what a tile holds."""
+    h, factor = low_rank
     more = _power_of_two(h.shape[1], 1 << 30) - h.shape[1]
     rank_axis = 2 if transposed else 1
     return jnp.pad(h, ((0, 0), (0, more))), jnp.pad(factor, [(0, more * (axis == rank_axis)) for axis in range(3)])
 
 
 def _grouped_matmul_kernel(
-    tiles_ref, scale_ref, x_ref, w_ref, *refs, block_m: int, block_n: int, block_k: int, transposed: bool
+    tiles_ref, x_ref, w_ref, *refs, block_m: int, block_n: int, block_k: int, transposed: bool, has_low_rank: bool
 ) -> None:
     """One tile [block_m, block_n] of the result.
 
-    Rows and columns beyond the edge are read from the last one instead of masked: they are not stored.
+    Rows beyond the edge are read from the last one instead of masked: they are not stored. Along an array's last axis
+    only masks will do, because Triton loads several elements at once where it sees that their indices are consecutive.
     """
-    out_ref = refs[-1]
+    low_rank_refs, scale_refs, out_ref = refs[: 2 * has_low_rank], refs[2 * has_low_rank : -1], refs[-1]
     (num_rows, size_k), num_experts, size_n = x_ref.shape, w_ref.shape[0], out_ref.shape[1]
     tile, n_tile = _swizzled(backend.program_id(0), _cdiv(size_n, block_n))
     expert, start, stop = (tiles_ref[row, tile] for row in range(3))
     row, n = start + jnp.arange(block_m), n_tile * block_n + jnp.arange(block_n)
-    stored = (row < stop)[:, None] & (n < size_n)[None, :]
-    row_read, n_read = jnp.minimum(row, num_rows - 1), jnp.minimum(n, size_n - 1)
-    expert_read = jnp.minimum(expert, num_experts - 1)
+    row_read, expert_read = jnp.minimum(row, num_rows - 1), jnp.minimum(expert, num_experts - 1)
+    inside_n = None if size_n % block_n == 0 else (n < size_n)[None, :]
 
-    def add(step: jax.Array, sum: jax.Array) -> jax.Array:
-        k = step * block_k + jnp.arange(block_k)
-        ragged = size_k % block_k != 0
-        x = _load(x_ref.at[row_read[:, None], k[None, :]], (k < size_k)[None, :] if ragged else None)
+    def operands(left_ref: Any, right_ref: Any, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """left_ref [M, K] at the tile's rows and k, right_ref [E, N, K] or [E, K, N] at its columns and k."""
+        size = left_ref.shape[1]
+        ragged = size % len(k) != 0
+        inside = (k < size)[None, :] if ragged else None
+        left = _load(left_ref.at[row_read[:, None], k[None, :]], inside)
         if transposed:
-            w = _load(w_ref.at[expert_read, n_read[:, None], k[None, :]], (k < size_k)[None, :] if ragged else None)
-        else:
-            w = _load(w_ref.at[expert_read, k[:, None], n_read[None, :]], (k < size_k)[:, None] if ragged else None)
-        return sum + backend.dot(x, w, trans_y=transposed)
+            return left, _load(right_ref.at[expert_read, jnp.minimum(n, size_n - 1)[:, None], k[None, :]], inside)
+        # A k beyond the edge meets zeros on the left, so its row only has to exist.
+        k_read = jnp.minimum(k, size - 1) if ragged else k
+        return left, _load(right_ref.at[expert_read, k_read[:, None], n[None, :]], inside_n)
 
+    def add(left_ref: Any, right_ref: Any, block: int, step: jax.Array, sum: jax.Array) -> jax.Array:
+        left, right = operands(left_ref, right_ref, step * block + jnp.arange(block))
+        return sum + backend.dot(left, right, trans_y=transposed)
+
+    block_rank = min(low_rank_refs[0].shape[1], LOW_RANK_BLOCK) if has_low_rank else 0
+    # Loaded before the loop, so that they arrive during it.
+    low_rank = operands(low_rank_refs[0], low_rank_refs[1], jnp.arange(block_rank)) if has_low_rank else None
     steps = jnp.where((expert < num_experts) & (start < stop), jnp.int32(_cdiv(size_k, block_k)), jnp.int32(0))
-    sum = jax.lax.fori_loop(jnp.int32(0), steps, add, jnp.zeros((block_m, block_n), jnp.float32))
-    if len(refs) == 3:
-        h_ref, factor_ref = refs[:2]
-        rank = jnp.arange(h_ref.shape[1])
-        h = backend.load(h_ref.at[row_read[:, None], rank[None, :]])
-        if transposed:
-            factor = backend.load(factor_ref.at[expert_read, n_read[:, None], rank[None, :]])
-        else:
-            factor = backend.load(factor_ref.at[expert_read, rank[:, None], n_read[None, :]])
-        scale = jnp.where(expert < num_experts, scale_ref[0], 0)
-        sum = sum + scale * backend.dot(h, factor, trans_y=transposed)
+    sum = jnp.zeros((block_m, block_n), jnp.float32)
+    sum = jax.lax.fori_loop(jnp.int32(0), steps, functools.partial(add, x_ref, w_ref, block_k), sum)
+    if low_rank is not None:
+        sum = sum + backend.dot(*low_rank, trans_y=transposed)
+        more = jnp.int32(low_rank_refs[0].shape[1] // block_rank)
+        sum = jax.lax.fori_loop(jnp.int32(1), more, functools.partial(add, *low_rank_refs, block_rank), sum)
+        sum = jnp.where(expert < num_experts, sum, 0)
+    if scale_refs:
+        sum = scale_refs[0][0] * sum
+    stored = (row < stop)[:, None] & (n < size_n)[None, :]
     backend.store(out_ref.at[row[:, None], n[None, :]], sum.astype(out_ref.dtype), mask=stored)
 
 
@@ -350,34 +359,26 @@ def _load(ref: Any, mask: jax.Array | None) -> jax.Array:
 
 
 def _grouped_sums_kernel(
-    starts_ref, scale_ref, left_ref, right_ref, out_ref, *, block_p: int, block_q: int, block_rows: int
+    starts_ref, left_ref, right_ref, out_ref, *, block_p: int, block_q: int, block_rows: int
 ) -> None:
-    """One tile [block_p, block_q] of scale sum_i left[i]^T right[i] over the rows of one group."""
-    _, size_p, size_q = out_ref.shape
+    """One tile [block_p, block_q] of sum_i left[i]^T right[i] over the rows of one group."""
     p_tile, q_tile, expert = (backend.program_id(axis) for axis in range(3))
     p, q = p_tile * block_p + jnp.arange(block_p), q_tile * block_q + jnp.arange(block_q)
-    p_read, q_read = jnp.minimum(p, size_p - 1), jnp.minimum(q, size_q - 1)
     start, stop = starts_ref[expert], starts_ref[expert + 1]
+
+    def rows_of(ref: Any, row: jax.Array, column: jax.Array) -> jax.Array:
+        inside = (row < stop)[:, None]
+        if ref.shape[1] % len(column):
+            inside = inside & (column < ref.shape[1])[None, :]
+        return _load(ref.at[row[:, None], column[None, :]], inside)
 
     def add(step: jax.Array, sum: jax.Array) -> jax.Array:
         row = start + step * block_rows + jnp.arange(block_rows)
-        inside = (row < stop)[:, None]
-        left = backend.load(
-            left_ref.at[row[:, None], p_read[None, :]],
-            mask=jnp.broadcast_to(inside, (block_rows, block_p)),
-            other=0,
-        )
-        right = backend.load(
-            right_ref.at[row[:, None], q_read[None, :]],
-            mask=jnp.broadcast_to(inside, (block_rows, block_q)),
-            other=0,
-        )
-        return sum + backend.dot(left, right, trans_x=True)
+        return sum + backend.dot(rows_of(left_ref, row, p), rows_of(right_ref, row, q), trans_x=True)
 
     steps = (stop - start + block_rows - 1) // block_rows
     sum = jax.lax.fori_loop(jnp.int32(0), steps, add, jnp.zeros((block_p, block_q), jnp.float32))
-    sum = sum * scale_ref[0]
-    stored = (p < size_p)[:, None] & (q < size_q)[None, :]
+    stored = (p < out_ref.shape[1])[:, None] & (q < out_ref.shape[2])[None, :]
     backend.store(out_ref.at[expert, p[:, None], q[None, :]], sum.astype(out_ref.dtype), mask=stored)
 
 

@@ -111,6 +111,9 @@ def linear_cross_entropy(
     )
 
 
+MOST_COLUMNS = 8192  # of a row that a program holds at a time
+
+
 @dataclasses.dataclass(frozen=True)
 class _Loss:
     """What is the same for every token.
@@ -118,23 +121,14 @@ class _Loss:
     Attributes:
       kernel: compute the chunk's loss and gradient in one Pallas kernel.
       logits_dtype: the dtype in which a chunk's raw logits are kept.
-      block, num_warps: the kernel's.
-      vocabulary_blocks: above 1, where only d_hidden is wanted: parts of the vocabulary, whose logits exist one by one.
     """
 
     chunk_size: int
     cap: Cap
     label_smoothing: float
     z_loss: float
-    kernel: bool = False
-    logits_dtype: Any = jnp.float32
-    block: int = 8192
-    num_warps: int = 16
-    vocabulary_blocks: int = 1
-
-    def row_block(self, length: int) -> int:
-        """Columns at a time: no more than the row needs."""
-        return min(self.block, 1 << (length - 1).bit_length())
+    kernel: bool
+    logits_dtype: Any
 
 
 class _Wanted(NamedTuple):
@@ -175,10 +169,6 @@ def _chunk_loop(
     # The active tokens' indices, in order; then num_tokens, which gathers fill with zeros and scatters drop.
     padded_size = num_tokens + -num_tokens % chunk_size
     order = jnp.nonzero(active, size=padded_size, fill_value=num_tokens)[0].astype(jnp.int32)
-    # Smoothing under a soft cap has a second matmul's worth of terms; the others' gradients need p, not e^(z - m).
-    smooth_cap = settings.label_smoothing and settings.cap.soft_cap is not None
-    in_blocks = settings.vocabulary_blocks > 1 and not (wanted.head or wanted.bias or smooth_cap)
-    head_sum = jnp.sum(head, axis=0, dtype=jnp.float32) if in_blocks and settings.label_smoothing else None
 
     def body(chunk: jax.Array, carry: tuple[jax.Array, _Gradients]) -> tuple[jax.Array, _Gradients]:
         loss_sum, gradients = carry
@@ -186,10 +176,7 @@ def _chunk_loop(
         w = weights.at[index].get(mode="fill", fill_value=0).astype(jnp.float32)
         x = hidden.at[index].get(mode="fill", fill_value=0).astype(dtype)
         target = targets.at[index].get(mode="fill", fill_value=0)
-        if in_blocks:
-            loss, new = _loss_in_blocks(x, head.astype(dtype), head_sum, bias, target, w, settings, wanted)
-        else:
-            loss, new = _loss_of_rows(x, head.astype(dtype), bias, target, w, settings, wanted)
+        loss, new = _loss_of_rows(x, head.astype(dtype), bias, target, w, settings, wanted)
         d_hidden, d_head, d_weights, d_bias = gradients
         if d_hidden is not None and new.hidden is not None:
             d_hidden = d_hidden.at[index].set(new.hidden.astype(hidden.dtype), mode="drop", unique_indices=True)
@@ -276,19 +263,22 @@ def _kernel_loss(
         *([] if bias is None else [bias]),
         out=(loss_shape,) if dtype is None else (loss_shape, jax.ShapeDtypeStruct(raw.shape, dtype)),
         grid=(num_rows,),
-        num_warps=settings.num_warps,
+        num_warps=16,
         aliases={0: 1} if raw.dtype == dtype else None,
         has_bias=bias is not None,
-        settings=dataclasses.replace(settings, block=settings.row_block(vocab_size)),
+        settings=settings,
+        block=min(MOST_COLUMNS, 1 << (vocab_size - 1).bit_length()),
     )
     return out[0], raw if dtype is None else out[1]
 
 
-def _linear_cross_entropy_kernel(raw_ref, target_ref, w_ref, *refs, has_bias: bool, settings: _Loss):
+def _linear_cross_entropy_kernel(
+    raw_ref, target_ref, w_ref, *refs, has_bias: bool, settings: _Loss, block: int
+) -> None:
     """One row of logits a program: its loss and, over the row itself, the gradient of w * loss."""
     bias_ref = refs[0] if has_bias else None
     loss_ref, *d_raw_refs = refs[1:] if has_bias else refs
-    cap, eps, block, vocab_size = settings.cap, settings.label_smoothing, settings.block, raw_ref.shape[1]
+    cap, eps, vocab_size = settings.cap, settings.label_smoothing, raw_ref.shape[1]
     row = backend.program_id(0)
     target = backend.load(target_ref.at[row])
     load = functools.partial(head_logits.load_logits, raw_ref, bias_ref, row, block=block, cap=cap)
@@ -323,123 +313,12 @@ def _linear_cross_entropy_kernel(raw_ref, target_ref, w_ref, *refs, has_bias: bo
 
 
 class _Statistics(NamedTuple):
-    """Of the blocks of logits so far, float32 [C] each."""
+    """Of the blocks of a row of logits so far, float32 scalars."""
 
     maximum: jax.Array
     total: jax.Array  # sum of exp(logit - maximum)
     target_logit: jax.Array
     logit_sum: jax.Array
-
-
-def _loss_in_blocks(
-    x: jax.Array,
-    head: jax.Array,
-    head_sum: jax.Array | None,
-    bias: jax.Array | None,
-    target: jax.Array,
-    w: jax.Array,
-    settings: _Loss,
-    wanted: _Wanted,
-) -> tuple[jax.Array, _Gradients]:
-    """`_loss_of_rows`, only for x, with float32 logits of a part of the vocabulary at a time.
-
-    As in flash attention the head's rows are keys and values: with the running maximum m and total s of e^(z - m),
-    sum_v e^(z_v - m) (dz / draw)_v head_v is kept without the target's own term, which is added last, in float32.
-    """
-    cap, eps, vocab_size = settings.cap, settings.label_smoothing, head.shape[0]
-    size = -(-vocab_size // settings.vocabulary_blocks)
-    size = min(vocab_size, size + -size % 16)
-    zeros = jnp.zeros(x.shape[:1], jnp.float32)
-    statistics = _Statistics(jnp.full_like(zeros, NO_LOGIT), zeros, zeros, zeros)
-    d_x = jnp.zeros(x.shape, jnp.float32) if wanted.hidden else None
-    for start in range(0, vocab_size, size):
-        # Only when the last block is done, or all blocks' logits would exist at once.
-        x, d_x, statistics = jax.lax.optimization_barrier((x, d_x, statistics))
-        part = head[start : start + size]
-        raw = einsum_float32("nd,vd->nv", x, part)
-        part_bias = None if bias is None else bias[start : start + size]
-        statistics, fall, powers = _kernel_block(
-            raw, part_bias, target, statistics, start, settings, x.dtype if wanted.hidden else None
-        )
-        if d_x is not None:
-            d_x = d_x * fall[:, None] + einsum_float32("nv,vd->nd", powers, part)
-    maximum, total, target_logit, logit_sum = statistics
-    lse = maximum + jnp.log(total)
-    in_range = (target >= 0) & (target < vocab_size)
-    target_logit = jnp.where(in_range, target_logit, jnp.nan)
-    loss = lse - (1 - eps) * target_logit - eps / vocab_size * logit_sum + settings.z_loss * lse * lse
-    if d_x is None:
-        return loss, _Gradients(None, None, None, None)
-    p_factor = 1 + 2 * settings.z_loss * lse
-    at_target = cap.pull_back(w * (p_factor * jnp.exp(target_logit - lse) - (1 - eps)), target_logit)
-    rows = head.at[target].get(mode="clip").astype(jnp.float32)
-    d_x = (w * p_factor / total)[:, None] * d_x + at_target[:, None] * rows
-    if head_sum is not None:
-        d_x = d_x - cap.pull_back(w * (eps / vocab_size), target_logit)[:, None] * head_sum[None, :]
-    return loss, _Gradients(d_x, None, None, None)
-
-
-def _kernel_block(
-    raw: jax.Array,
-    bias: jax.Array | None,
-    target: jax.Array,
-    statistics: _Statistics,
-    start: int,
-    settings: _Loss,
-    dtype: Any,
-) -> tuple[_Statistics, jax.Array, jax.Array]:
-    """raw: logits of the vocabulary from `start` on -> (statistics, factor of older sums, e^(z - m) dz/draw).
-
-    The last is rounded to `dtype`; with None it is just raw.
-    """
-    row_shape = jax.ShapeDtypeStruct(target.shape, jnp.float32)
-    outputs = backend.call(
-        _linear_cross_entropy_block_kernel,
-        raw,
-        target,
-        *statistics,
-        *([] if bias is None else [bias]),
-        out=(row_shape,) * 5 + (() if dtype is None else (jax.ShapeDtypeStruct(raw.shape, dtype),)),
-        grid=target.shape,
-        num_warps=settings.num_warps,
-        has_bias=bias is not None,
-        cap=settings.cap,
-        block=settings.row_block(raw.shape[1]),
-        offset=start,
-    )
-    return _Statistics(*outputs[:4]), outputs[4], raw if dtype is None else outputs[5]
-
-
-def _linear_cross_entropy_block_kernel(raw_ref, target_ref, *refs, has_bias: bool, cap: Cap, block: int, offset: int):
-    """One row of a part of the logits a program."""
-    old_refs, refs = refs[:4], refs[4:]
-    bias_ref, refs = (refs[0], refs[1:]) if has_bias else (None, refs)
-    new_refs, fall_ref, powers_refs = refs[:4], refs[4], refs[5:]
-    row = backend.program_id(0)
-    length = raw_ref.shape[1]
-    target = backend.load(target_ref.at[row]) - offset
-    old = _Statistics(*(backend.load(ref.at[row]) for ref in old_refs))
-    load = functools.partial(head_logits.load_logits, raw_ref, bias_ref, row, block=block, cap=cap)
-
-    def add_block(start, mask, carry):
-        return _add_logits(carry, load(start, mask), start, mask, target)
-
-    new = head_logits.fold_row(add_block, old, length, block)
-    for ref, value in zip(new_refs, new, strict=True):
-        backend.store(ref.at[row], value)
-    backend.store(fall_ref.at[row], jnp.exp(old.maximum - new.maximum))
-    if not powers_refs:
-        return
-    (powers_ref,) = powers_refs
-
-    def write_block(start, mask, carry):
-        logits = load(start, mask)
-        columns = start + jnp.arange(block, dtype=jnp.int32)
-        powers = cap.pull_back(jnp.where(columns == target, 0.0, jnp.exp(logits - new.maximum)), logits)
-        backend.store(powers_ref.at[row, backend.ds(start, block)], powers.astype(powers_ref.dtype), mask=mask)
-        return carry
-
-    head_logits.fold_row(write_block, 0, length, block)
 
 
 def _add_logits(
@@ -500,28 +379,15 @@ def _run(
     z_loss: float = 0.0,
     ignore_index: int = -100,
     chunk_size: int | None = None,
-    logits_dtype: Any = None,
-    vocabulary_blocks: int = 1,
-    **tuning: Any,
+    kernel: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The op; `logits_dtype`, `vocabulary_blocks` and `tuning` are `_Loss`'s."""
+    """The op, by the kernel or by XLA, which keeps the logits in float32."""
     if hidden.shape[0] == 0:
         return jnp.float32(0), jnp.float32(0)
-    if logits_dtype is None:
-        logits_dtype = jnp.promote_types(hidden.dtype, head.dtype)
+    logits_dtype = jnp.promote_types(hidden.dtype, head.dtype) if kernel else jnp.float32
     if chunk_size is None:
-        # With blocks there are as many bytes of powers and accumulators as of logits.
-        columns = head.shape[0] if vocabulary_blocks == 1 else 2 * -(-head.shape[0] // vocabulary_blocks)
-        chunk_size = default_chunk_size(hidden.shape[0], columns, backend.platform(), logits_dtype)
-    settings = _Loss(
-        chunk_size,
-        Cap(soft_cap, logit_scale),
-        label_smoothing,
-        z_loss,
-        logits_dtype=logits_dtype,
-        vocabulary_blocks=vocabulary_blocks,
-        **tuning,
-    )
+        chunk_size = default_chunk_size(hidden.shape[0], head.shape[0], backend.platform(), logits_dtype)
+    settings = _Loss(chunk_size, Cap(soft_cap, logit_scale), label_smoothing, z_loss, kernel, logits_dtype)
     weights = jnp.where(targets == ignore_index, 0, weights)
     loss_sum: jax.Array = _loss_sum(hidden, head, targets, weights, bias, settings)
     return loss_sum, jnp.sum(weights.astype(jnp.float32))
@@ -571,7 +437,7 @@ LINEAR_CROSS_ENTROPY = register(
     Op(
         name="linear_cross_entropy",
         implementations={
-            REFERENCE: Implementation(functools.partial(_run, logits_dtype=jnp.float32)),
+            REFERENCE: Implementation(_run),
             "pallas": Implementation(functools.partial(_run, kernel=True), head_logits.refuses_kernel),
         },
         cases=(

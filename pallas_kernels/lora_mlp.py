@@ -8,9 +8,9 @@ which is made again in the pass that makes d_gate and d_up out of d_h:
     d_h = g W_D + d_D A_D      (h, d_gate, d_up) from (gate, up, d_h)
     dx = d_gate W_G + d_up W_U + [d_G d_U] [A_G; A_U]
 
-cuBLAS adds each low-rank part to the large product, and XLA makes the activation's two passes over [T, F]. One kernel
-for the second pass with every low-rank product of its arrays in it was slower: its sums over T and F at once do not fit
-a program's registers (H100, 8192 tokens, 4096 -> 14336 -> 4096, r = 16: 19.3 ms for the whole op instead of 9.75).
+cuBLAS adds each low-rank part to the large product; the pass that makes h, d_gate and d_up writes over its inputs. One
+kernel for that pass with every low-rank product of its arrays in it was slower: its sums over T and F at once do not
+fit a program's registers (H100, 8192 tokens, 4096 -> 14336 -> 4096, r = 16: 19.3 ms for the whole op instead of 9.75).
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _forward(static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...]) ->
     low = low_rank(x, shared, static.dropout)
     gate = checkpoint_name(apply(x, shared[0], low[0]), "gate")
     up = checkpoint_name(apply(x, shared[1], low[1]), "up")
-    h = gated_activation(gate, up, activation=static.activation, implementation="xla")
+    h = gated_activation(gate, up, activation=static.activation)
     (low_down,) = low_rank(h, (down,), static.dropout)
     return apply(h, down, low_down), _Kept(gate, up, (*low, low_down))
 
@@ -137,7 +137,7 @@ def _mlp_bwd(static, residuals, g):
     shared, down = linears[:2], linears[2:]
     d_low = low_rank_cotangents(down, (g,))
     d_h = input_cotangent(down, (g,), d_low, static.dropout)
-    h, *d_shared = gated_activation_backward(kept.gate, kept.up, d_h, static.activation, implementation="xla")
+    h, *d_shared = gated_activation_backward(kept.gate, kept.up, d_h, static.activation)
     d_down = parameter_cotangents(h, down, trains[2:], (g,), kept.low[2:], d_low, static.dropout)
     d_low = low_rank_cotangents(shared, d_shared)
     found = parameter_cotangents(x, shared, trains[:2], d_shared, kept.low[:2], d_low, static.dropout)

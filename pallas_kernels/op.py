@@ -73,6 +73,9 @@ def reference_is_fastest(platform: str, *args: Any, **kwargs: Any) -> tuple[Choi
 class Op:
     """An operation, its implementations and its proof.
 
+    Gradients are in reverse mode. Kernels have their analytic gradient as a `jax.custom_vjp`, so JAX refuses `jax.jvp`,
+    and the map that `jax.linearize` returns, with a TypeError that says so; an op cannot see it before JAX does.
+
     Attributes:
       name: the public function's name.
       implementations: by name; always has the reference, "xla".

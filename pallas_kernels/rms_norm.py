@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import backend
@@ -111,7 +112,7 @@ def _reference(x: jax.Array, weight: jax.Array, *, eps: float, weight_offset: fl
 def _reference_add(
     x: jax.Array, residual: jax.Array, weight: jax.Array, *, eps: float, weight_offset: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-    s = x + residual
+    s = checkpoint_name(x + residual, "mid")
     return _reference(s, weight, eps=eps, weight_offset=weight_offset), s
 
 
@@ -344,6 +345,7 @@ def _add_kernel_call(x, residual, weight, norm: _Norm):
 
 def _add_kernel_call_fwd(x, residual, weight, norm):
     y, rstd, s = _forward(x.value, residual.value, weight.value, norm)
+    s = checkpoint_name(s, "mid")  # here, because a remat policy cannot keep what is named outside of a custom_vjp
     return (y, s), _residuals(s, rstd, weight)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,11 @@ def device_milliseconds(
             for i in range(repeats):
                 result = call(i)
             jax.block_until_ready(result)
-        (file,) = Path(folder).rglob("*.xplane.pb")
-        intervals = sorted(_kernel_intervals(jax.profiler.ProfileData.from_file(str(file))))
+        intervals = sorted((start, end) for _, start, end in device_events(Path(folder)))
     if not intervals or len(intervals) % repeats:
         raise RuntimeError(f"profile: {len(intervals)} kernels do not divide by {repeats} calls; profile them alone")
     each = len(intervals) // repeats
-    return statistics.median(_busy(intervals[i : i + each]) for i in range(0, len(intervals), each)) / 1e6
+    return statistics.median(busy(intervals[i : i + each]) for i in range(0, len(intervals), each)) / 1e6
 
 
 def _caller(run: Callable[..., Any], sets: list[list[Any]], donated: tuple[int, ...]) -> Callable[[int], Any]:
@@ -69,16 +68,19 @@ def _wall_milliseconds(call: Callable[[int], Any], i: int) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def _kernel_intervals(profile: Any) -> Iterable[Interval]:
-    """(start, end) in nanoseconds of what a ProfileData says ran on the first GPU's streams."""
-    for plane in profile.planes:
+def device_events(folder: Path) -> Iterator[tuple[str, float, float]]:
+    """(name, start, end) in nanoseconds of all that ran on the first GPU, of a `jax.profiler.trace` in `folder`."""
+    (file,) = folder.rglob("*.xplane.pb")
+    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
         if plane.name == "/device:GPU:0":
             for line in plane.lines:
                 if (line.name or "").startswith("Stream"):
-                    yield from ((event.start_ns, event.start_ns + event.duration_ns) for event in line.events)
+                    yield from (
+                        (event.name, event.start_ns, event.start_ns + event.duration_ns) for event in line.events
+                    )
 
 
-def _busy(intervals: Sequence[Interval]) -> float:
+def busy(intervals: Sequence[Interval]) -> float:
     """Length of the union of intervals that are sorted by their start."""
     total, end = 0.0, float("-inf")
     for start, stop in intervals:

@@ -15,6 +15,7 @@ from jaxft.data.batch import lay_out
 from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig, LayerFacts, RopeConfig
 from jaxft.models.decoder import Decoder, KVCache, Segment, segment_positions, segments
+from jaxft.models.remat import LayerPolicy
 from jaxft.models.rope import inverse_frequencies
 from llama_cases import CASES, FIRST, OTHERS, case_config, case_tokens
 from models import decoder_of, hidden_states, random_examples
@@ -132,7 +133,17 @@ def with_windows(pattern: str) -> DecoderConfig:
 def test_layers_become_few_scans(pattern, expected):
     facts = {"f": LayerFacts(None), "s": LayerFacts(4)}
     found = segments(with_windows(pattern))
-    assert found == tuple(Segment(a, b, tuple(facts[letter] for letter in p)) for a, b, p in expected)
+    everything = LayerPolicy(everything=True)
+    assert found == tuple(Segment(a, b, tuple(facts[letter] for letter in p), everything) for a, b, p in expected)
+
+
+def test_layers_of_different_policies_are_scans_of_their_own():
+    found = segments(with_windows("sfsfs"), "full+none*3")
+    assert [(s.start, s.stop, len(s.pattern), s.policy.everything) for s in found] == [
+        (0, 2, 2, False),
+        (2, 4, 2, True),
+        (4, 5, 1, True),
+    ]
 
 
 @pytest.mark.parametrize("pattern", [pytest.param("sfsf", marks=pytest.mark.slow), "ssfssfs"])

@@ -22,6 +22,7 @@ WITHOUT_REMAT = {
     "attention_forward": 1,
     "attention_backward_queries": 1,
     "attention_backward_keys": 1,
+    "gated_activation_backward": 1,
     "linear_cross_entropy_kernel": 1,
 }
 # The layer's forward pass again; what down_proj gives is not needed for its backward pass.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -173,9 +174,11 @@ def fake_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_dot_product_attention_bwd_p", FakeCudnn(backward=True))
 
 
-def test_cudnn_under_vmap_joins_the_batch(fake_cudnn: None) -> None:
+@pytest.mark.parametrize("scratch", [2**20, 1], ids=["one call", "in groups"])
+def test_cudnn_under_vmap_joins_the_batch(fake_cudnn: None, monkeypatch: pytest.MonkeyPatch, scratch: int) -> None:
+    monkeypatch.setattr(attention_cudnn, "SCRATCH_BYTES", scratch)
     rng = np.random.default_rng(1)
-    q, k, v, g = (jnp.asarray(rng.standard_normal((3, 2, 7, n, 8)).astype(np.float32)) for n in (4, 2, 2, 4))
+    q, k, v, g = (jnp.asarray(rng.standard_normal((3, 2, 7, n, 8)).astype(np.float32)) for n in (8, 4, 4, 8))
     options = {"scale": 0.3, "sliding_window": 3, "soft_cap": None}
 
     def both_directions(implementation, q, k, v, g):
@@ -188,6 +191,25 @@ def test_cudnn_under_vmap_joins_the_batch(fake_cudnn: None) -> None:
         expected = both_directions(attention_module._KERNELS["xla"], q[i], k[0], v[i], g[0])
         for x, y in zip(results, expected, strict=True):
             np.testing.assert_allclose(x[i], y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_groups_of_kv_heads_one_after_another_give_the_same_gradients(groups: int) -> None:
+    rng = np.random.default_rng(2)
+    q, k, v, g = (jnp.asarray(rng.standard_normal((2, 7, n, 8)).astype(np.float32)) for n in (12, 6, 6, 12))
+    options = {"scale": 0.3, "sliding_window": 3, "soft_cap": None}
+    out, lse = jax.jit(functools.partial(attention_module._xla_forward, **options))(q, k, v, None, None)
+    heads = []
+
+    def backward(q, k, v, lse, out, g):
+        heads.append((q.shape[2], k.shape[2]))
+        return attention_module._xla_backward(q, k, v, None, None, out, lse, g, **options)[:3]
+
+    arguments = (q, k, v, lse, out, g)
+    results = jax.jit(functools.partial(attention_cudnn.in_groups, backward, groups))(*arguments)
+    assert set(heads) == {(12 // groups, 6 // groups)}
+    for x, y in zip(results, jax.jit(backward)(*arguments), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 def half(*shape: int) -> jax.ShapeDtypeStruct:
@@ -213,6 +235,27 @@ def test_cudnn_is_in_the_program_for_a_gpu() -> None:
     assert cudnn_calls(text) == (1, 1)
     assert text.count(r"\22sliding_window_length\22: 100") == 2
     assert not kernel_names(text)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "groups"),
+    [
+        (2, 2048, (32, 8), 1),
+        (1, 8192, (32, 8), 1),
+        (1, 65536, (32, 8), 8),
+        (16, 4096, (32, 8), 8),
+        (1, 65536, (2, 2), 1),  # 128 MiB are within bounds
+        (1, 65536, (32, 1), 1),  # nothing to group
+        (1, 65536, (32, 2), 1),  # two groups and their copies need more than one call
+    ],
+)
+def test_long_sequences_go_through_the_backward_pass_in_groups(batch, length, heads, groups: int) -> None:
+    q, kv = (half(batch, length, n, 128) for n in heads)
+    assert attention_cudnn.number_of_groups(q, kv) == groups
+    text = lowered_text(forward_and_backward, q, kv, kv, q)
+    assert cudnn_calls(text) == (1, 1)
+    results = f"tensor<{batch}x{heads[0] // groups}x{length}x128xbf16>, tensor<{batch}x{heads[1] // groups}x"
+    assert re.search(rf"fmhaSoftmaxBackward.*-> \({results}", text)
 
 
 def test_packed_rows_run_the_kernels() -> None:

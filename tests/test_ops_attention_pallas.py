@@ -12,6 +12,7 @@ import pytest
 
 import dense_references
 from pallas_kernels import attention_pallas
+from pallas_kernels.attention import ATTENTION
 from pallas_kernels.attention_pallas import Tiling
 
 SORTED = [1] * 20 + [2] * 16 + [3] * 30 + [0] * 4 + [4] * 60
@@ -204,7 +205,7 @@ def test_refuses():
     ask = functools.partial(attention_pallas.refuses, "cpu", scale=1.0)
     assert ask(q, k, v) is None
     assert "'tpu'" in str(attention_pallas.refuses("tpu", q, k, v, scale=1.0))
-    assert "bfloat16" in str(ask(q.astype(jnp.bfloat16), k, v))
+    assert "all be float32 or bfloat16" in str(ATTENTION.refuses("pallas", q.astype(jnp.bfloat16), k, v, scale=1.0))
     assert "3 keys" in str(ask(q, k[:, :3], v[:, :3]))
     assert "head size" in str(ask(*make(4, 257)[:3]))
     assert "scale" in str(attention_pallas.refuses("cpu", q, k, v, scale=-1.0))

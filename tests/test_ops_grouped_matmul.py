@@ -127,22 +127,28 @@ def test_nothing_to_multiply(implementation: str, shape: tuple[int, int, int]) -
 
 
 @pytest.mark.parametrize("transposed", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_several_tiles_in_every_direction(transposed: bool) -> None:
+def test_several_tiles_and_blocks_of_ranks(transposed: bool) -> None:
     rng = np.random.default_rng(0)
     sizes, rows = (37, 0, 1, 50), 100
     x = jnp.asarray(rng.standard_normal((rows, 72)), jnp.float32)
     weight = jnp.asarray(rng.standard_normal((4, 88, 72) if transposed else (4, 72, 88)), jnp.float32)
     group_sizes = jnp.array(sizes, jnp.int32)
-    got = module._Tiled(x, group_sizes).times(x, weight, transposed=transposed, block=(16, 32, 16))
-    dense = np.asarray(weight if transposed else jnp.swapaxes(weight, 1, 2), np.float64)
+    rank = module.LOW_RANK_BLOCK + 1
+    h = jnp.asarray(rng.standard_normal((rows, rank)), jnp.float32)
+    factor = jnp.asarray(rng.standard_normal((4, 88, rank) if transposed else (4, rank, 88)), jnp.float32)
+    products = module._Tiled(x, group_sizes)
+    got = products.times(x, weight, (h, factor), jnp.float32(0.5), transposed=transposed, block=(16, 32, 16))
+    # The low-rank term is more columns of x and of the weight.
+    joined = np.concatenate([weight, factor], axis=2 if transposed else 1).astype(np.float64)
+    wide, dense = np.concatenate([x, h], axis=1).astype(np.float64), joined if transposed else joined.swapaxes(1, 2)
     with jax.enable_x64(True):
-        want = dense_references.grouped_matmul(np.asarray(x, np.float64), dense, group_sizes, None, None, scale=1.0)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
-    sums = module._Tiled(x, group_sizes).sums(x, got, jnp.float32(2), jnp.float32, block=(16, 32, 16))
+        want = dense_references.grouped_matmul(wide, dense, group_sizes, None, None, scale=1.0)
+    np.testing.assert_allclose(got, 0.5 * np.asarray(want), rtol=0, atol=1e-4)
+    sums = products.sums(x, got, jnp.float32, block=(16, 32, 16))
     starts = np.concatenate([[0], np.cumsum(sizes)])
     for e in range(4):
         mine = slice(starts[e], starts[e + 1])
-        np.testing.assert_allclose(sums[e], 2 * np.asarray(x[mine]).T @ np.asarray(got[mine]), rtol=0, atol=5e-3)
+        np.testing.assert_allclose(sums[e], np.asarray(x[mine]).T @ np.asarray(got[mine]), rtol=0, atol=5e-3)
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -13,7 +13,7 @@ import pytest
 import dense_references
 from jaxpr_tools import all_avals, all_equations, computed_avals, max_elements
 from pallas_kernels import explain, linear_cross_entropy, selected_log_probs
-from pallas_kernels.linear_cross_entropy import _run, default_chunk_size
+from pallas_kernels.linear_cross_entropy import default_chunk_size
 
 N, V, D, CHUNK = 40, 200, 12, 8
 # The default tier runs the kernel; the reference is what most of its checks compare with.
@@ -200,28 +200,6 @@ def test_bfloat16_logits_are_rounded_once_and_written_over() -> None:
 
     assert logits_of(loss) == {"bfloat16"}
     assert logits_of(selected_loss) == {"float32"}
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"soft_cap": 3.0, "logit_scale": 1.5, "z_loss": 0.05, "bias": jnp.linspace(-1, 1, V)},
-        pytest.param({"label_smoothing": 0.1}, marks=pytest.mark.slow),
-    ],
-)
-def test_logits_of_a_part_of_the_vocabulary_at_a_time(options: dict[str, Any]) -> None:
-    """Flash attention's way over the vocabulary: 200 columns in blocks of 80, 80 and 40."""
-    hidden, head, targets, weights = batch()
-
-    def run(function: Any, hidden: jax.Array, *rest: Any, **settings: Any) -> Any:
-        value = lambda hidden: function(hidden, *rest, chunk_size=CHUNK, **settings)[0]  # noqa: E731
-        return jax.jit(jax.value_and_grad(value))(hidden), jax.jit(value)(hidden)
-
-    got = run(_run, hidden, head, targets, weights, kernel=True, vocabulary_blocks=3, **options)
-    with jax.enable_x64(True):
-        arguments, settings = as_float64(((hidden, head, targets, weights), options))
-        want = run(dense_references.linear_cross_entropy, *arguments, **settings)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6), got, want)
 
 
 def test_explain_names_the_kernel() -> None:

@@ -34,7 +34,7 @@ class Batch(NamedTuple):
       targets: int32; the next token of the same document, 0 where there is none.
       loss_mask: float32; 1 where `targets` is trained on. 0 at each document's last token, so no loss ever crosses
         from one document into the next.
-      segment_ids: int32; 1, 2, ... for a row's documents, 0 in the padding.
+      segment_ids: int32; 1, 2, ... for a row's documents, 0 in the padding. None: one document a row, no padding.
       positions: int32; from 0 in every document, 0 in the padding.
     """
 

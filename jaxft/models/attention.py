@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 import pallas_kernels as pk
@@ -91,6 +92,9 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH = pk.rope(q_BTNH, k_BTKH, info.cos, info.sin)
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         if cache is None:
+            q_BTNH, k_BTKH, v_BTKH = (
+                checkpoint_name(x, name) for x, name in ((q_BTNH, "q"), (k_BTKH, "k"), (v_BTKH, "v"))
+            )
             out_BTNH = pk.attention(
                 q_BTNH, k_BTKH, v_BTKH, scale=scale, segment_ids=info.segment_ids, sliding_window=facts.sliding_window
             )

@@ -22,7 +22,7 @@ from jaxft.models.config import DecoderConfig, LayerFacts
 from jaxft.models.labels import is_trainable
 from jaxft.models.layers import Embedding, Linear, RMSNorm, at_layer
 from jaxft.models.mlp import MLP
-from jaxft.models.remat import LAYER_INPUT, RematPolicy, rematerialise
+from jaxft.models.remat import LAYER_INPUT, LayerPolicy, rematerialise, spans
 from jaxft.models.rope import rope_tables
 
 
@@ -59,16 +59,22 @@ class Segment(NamedTuple):
     start: int
     stop: int
     pattern: tuple[LayerFacts, ...]
+    policy: LayerPolicy
 
 
-def segments(config: DecoderConfig) -> tuple[Segment, ...]:
-    """The layers as few scans as their static facts allow: the shortest repeating pattern, then the remainder."""
-    facts = [config.layer_facts(i) for i in range(config.num_hidden_layers)]
-    n = len(facts)
-    period = next(p for p in range(1, n + 1) if all(facts[i] == facts[i % p] for i in range(n)))
-    whole = n - n % period
-    head = Segment(0, whole, tuple(facts[:period]))
-    return (head,) if whole == n else (head, Segment(whole, n, tuple(facts[whole:])))
+def segments(config: DecoderConfig, remat: str = "none") -> tuple[Segment, ...]:
+    """The layers as few scans as their static facts and remat policies allow."""
+    found: list[Segment] = []
+    for span in spans(remat, config.num_hidden_layers):
+        facts = tuple(config.layer_facts(i) for i in range(span.start, span.stop))
+        n = len(facts)
+        # The shortest repeating pattern, then the remainder.
+        period = next(p for p in range(1, n + 1) if all(facts[i] == facts[i % p] for i in range(n)))
+        whole = n - n % period
+        found.append(Segment(span.start, span.start + whole, facts[:period], span.policy))
+        if whole < n:
+            found.append(Segment(span.start + whole, span.stop, facts[whole:], span.policy))
+    return tuple(found)
 
 
 class Model(nnx.Module):
@@ -105,7 +111,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.remat: RematPolicy = "none"
+        self.remat = "none"
         self.unroll = False
         self.model = Model(config, dtype=dtype, rngs=rngs)
         self.lm_head: Linear | None = nnx.data(None)
@@ -174,7 +180,7 @@ class Decoder(nnx.Module):
         cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
         info = SequenceInfo(cos, sin, positions, segment_ids)
         carry = (self.model.embed_tokens(tokens), cache)
-        for segment in segments(self.config):
+        for segment in segments(self.config, self.remat):
             carry = self._run_segment(segment, carry, info, dropout_key)
         return self.model.norm(carry[0]), carry[1]
 
@@ -192,19 +198,19 @@ class Decoder(nnx.Module):
             return block(x, info, facts, layer=layer, cache=cache, dropout_key=key)
 
         def body(carry, inputs):
-            layers, trainable_layers = inputs
-            for i, facts in enumerate(segment.pattern):
-                run = rematerialise(partial(run_block, facts=facts), self.remat, in_scan=not self.unroll)
-                one = jax.tree.map(lambda leaf, i=i: leaf[i], trainable_layers)
-                carry = run(*carry, one, layers[i])
+            for facts, (layer, trainable_layer) in zip(segment.pattern, inputs, strict=True):
+                run = rematerialise(partial(run_block, facts=facts), segment.policy, in_scan=not self.unroll)
+                carry = run(*carry, trainable_layer, layer)
             return carry, None
 
-        def periods(leaf: jax.Array) -> jax.Array:
-            part = jax.lax.slice_in_dim(leaf, segment.start, segment.stop)
-            return part.reshape(-1, period, *leaf.shape[1:])
+        # Each block's leaves are scanned as they are: the backward pass reads them where they lie, while of anything
+        # computed from them inside the body it would keep a copy of the whole stack.
+        def block_inputs(i: int) -> tuple[jax.Array, Any]:
+            every = slice(segment.start + i, segment.stop, period)
+            layers = jnp.arange(every.start, every.stop, period, dtype=jnp.int32)
+            return layers, jax.tree.map(lambda leaf: leaf[every], trainable)
 
-        layers = jnp.arange(segment.start, segment.stop, dtype=jnp.int32).reshape(-1, period)
-        inputs = (layers, jax.tree.map(periods, trainable))
+        inputs = tuple(block_inputs(i) for i in range(period))
         return jax.lax.scan(body, carry, inputs, unroll=self.unroll)[0]
 
 

@@ -20,6 +20,7 @@ from jaxft.data.formats import read_rows
 from jaxft.data.loader import BatchLoader
 from jaxft.errors import JaxftError
 from jaxft.files import prepare_output_dir
+from jaxft.optim import Optimizer, Scheduler
 from jaxft.train import trainer
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class SFTConfig:
       lr_scheduler_type: what the learning rate does after the warm-up.
       warmup_steps: steps over which it rises from 0.
       warmup_ratio: the same as a share of all steps, rounded up; ignored when warmup_steps is not 0.
+      optim: AdamW with float32 moments (adamw_torch) or 8-bit ones (adamw_8bit; paged_adamw_8bit in host memory).
       weight_decay: of AdamW.
       adam_beta1: decay of AdamW's mean of the gradients.
       adam_beta2: decay of AdamW's mean of their squares.
@@ -65,9 +67,10 @@ class SFTConfig:
     num_train_epochs: int = 1
     max_steps: int = -1
     learning_rate: float = 2e-4
-    lr_scheduler_type: optim.Scheduler = "linear"
+    lr_scheduler_type: Scheduler = "linear"
     warmup_steps: int = 0
     warmup_ratio: float = 0.0
+    optim: Optimizer = "adamw_torch"
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -135,7 +138,8 @@ class SFTTrainer:
         schedule = optim.schedule(
             args.lr_scheduler_type, args.learning_rate, total_steps=total_steps, warmup_steps=self._warmup(total_steps)
         )
-        tx = optim.adamw(
+        tx = optim.optimizer(
+            args.optim,
             schedule,
             b1=args.adam_beta1,
             b2=args.adam_beta2,

@@ -16,18 +16,33 @@ from jaxft.models.decoder import Decoder
 LossFunction = Callable[[Decoder, Any], LossOutput]
 Step = Callable[[nnx.State, nnx.State, optax.OptState, Any], tuple[nnx.State, optax.OptState, dict[str, jax.Array]]]
 
-# cuBLAS instead of XLA's Triton products: an adapter's low-rank term is then added in the epilogue of the large product
-# (q, k and v of Llama-3.1-8B over NF4, forward and backward on an H100: 1.38 ms instead of 1.53).
-COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+_GPU_OPTIONS = {
+    # cuBLAS instead of XLA's Triton products: an adapter's low-rank term is then added in the epilogue of the large
+    # product (q, k and v of Llama-3.1-8B over NF4, forward and backward on an H100: 1.38 ms instead of 1.53).
+    "xla_gpu_enable_triton_gemm": False,
+    # Products that write into a scan's stack of results take a slower kernel: a step of 2 x 2048 tokens that keeps its
+    # activations takes 283 ms without them, and 332 with them.
+    "xla_gpu_enable_dynamic_slice_fusion": False,
+}
+# What is offloaded is copied beside the computation, fetched one layer ahead, and never in a command buffer, which has
+# one stream: of 46 ms of copies in a step of 2 x 2048 tokens 2 are not hidden (without these options 40).
+_OFFLOAD_OPTIONS = {
+    "xla_gpu_enable_command_buffer": "",
+    "xla_gpu_enable_pipelined_host_offloading": True,
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+}
 
 
-def make_train_step(graphdef: nnx.GraphDef, loss: LossFunction, tx: optax.GradientTransformation) -> Step:
+def make_train_step(
+    graphdef: nnx.GraphDef, loss: LossFunction, tx: optax.GradientTransformation, *, offloads: bool = False
+) -> Step:
     """The jitted step; `trainable` and `opt_state` are donated.
 
     Args:
       graphdef: of the Decoder, from `jaxft.models.labels.split`.
       loss: (decoder, micro-batch) -> (sum, weight, sums of metrics).
       tx: applied to the trainable leaves.
+      offloads: the Decoder's remat policy moves activations to host memory (`jaxft.models.remat.offloads`).
 
     Returns:
       step(trainable, frozen, opt_state, batch): every leaf of `batch` has a leading [A], the micro-batches that are
@@ -45,9 +60,12 @@ def make_train_step(graphdef: nnx.GraphDef, loss: LossFunction, tx: optax.Gradie
             return jax.tree.map(jnp.add, carry, (grads, sums)), None
 
         first = jax.tree.map(lambda leaf: leaf[0], batch)
-        _, sums = jax.eval_shape(loss_sum, trainable, frozen, first)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (trainable, sums))
-        (grads, sums), _ = jax.lax.scan(accumulate, zeros, batch)
+        if jax.tree.leaves(batch)[0].shape[0] == 1:  # without the sums' copy of the gradient
+            grads, sums = jax.grad(loss_sum, has_aux=True)(trainable, frozen, first)
+        else:
+            _, sums = jax.eval_shape(loss_sum, trainable, frozen, first)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (trainable, sums))
+            (grads, sums), _ = jax.lax.scan(accumulate, zeros, batch)
         weight = jnp.maximum(sums["weight"], jnp.finfo(jnp.float32).tiny)
         grads = jax.tree.map(lambda g: (g / weight.astype(g.dtype)).astype(g.dtype), grads)
         # optax mixes its int32 step count with floats: leave that to it, also where the caller promotes strictly.
@@ -56,4 +74,10 @@ def make_train_step(graphdef: nnx.GraphDef, loss: LossFunction, tx: optax.Gradie
         metrics = {**sums, "loss": sums["loss"] / weight, "grad_norm": optax.tree.norm(grads)}
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
-    return jax.jit(step, donate_argnums=(0, 2), compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
+    return jax.jit(step, donate_argnums=(0, 2), compiler_options=_compiler_options(offloads))
+
+
+def _compiler_options(offloads: bool) -> dict[str, Any] | None:
+    if jax.default_backend() != "gpu":
+        return None
+    return _GPU_OPTIONS | (_OFFLOAD_OPTIONS if offloads else {})

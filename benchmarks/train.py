@@ -1,0 +1,227 @@
+"""`python -m benchmarks.train --model llama-3.1-8b --quant nf4 --shape 2x2048 --remat offload`: one train step, timed.
+
+Random weights of the real shapes, LoRA on all seven linears, random tokens, one document a row. Prints one JSON line
+with the peers' field names; --profile adds what the device spends a step on, kernel by kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxft import lora, losses, optim
+from jaxft.data.batch import Batch
+from jaxft.models import labels, remat
+from jaxft.models.config import DecoderConfig, RopeConfig
+from jaxft.models.decoder import Decoder, abstract_decoder
+from jaxft.models.params import is_quantizable, parameters
+from jaxft.quant.nf4 import NF4Tensor
+from jaxft.train.step import make_train_step
+from pallas_kernels import nf4
+from pallas_kernels.timing import busy, device_events
+
+GIB = 2**30
+_ROPE = RopeConfig(theta=500000.0, kind="llama3", factor=8.0)
+MODELS = {
+    "llama-3.1-8b": DecoderConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope=_ROPE,
+    ),
+    "llama-3.2-1b": DecoderConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        rope=_ROPE,
+    ),
+    "tiny": DecoderConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+        rope=_ROPE,
+    ),
+}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    rows, length = map(int, arguments.shape.split("x"))
+    config = MODELS[arguments.model]
+    start = time.perf_counter()
+    decoder = random_decoder(config, arguments.quant)
+    lora.attach(decoder, lora.LoraConfig(r=16), key=jax.random.key(0))
+    decoder.remat, decoder.unroll = arguments.remat, arguments.unroll
+    graphdef, trainable, frozen = labels.split(decoder)
+    del decoder
+    jax.block_until_ready((trainable, frozen))
+    record: dict[str, Any] = {
+        "kind": "train",
+        "job": "jaxft",
+        "model": arguments.model,
+        "quant": arguments.quant,
+        "remat": arguments.remat,
+        "unroll": arguments.unroll,
+        "batch": rows,
+        "seq": length,
+        "load_s": round(time.perf_counter() - start, 1),
+        "after_load_gib": memory("bytes_in_use"),
+    }
+    tx = optim.adamw(1e-3) if arguments.optim == "adamw" else optim.adamw_8bit(1e-3)
+    opt_state = tx.init(trainable)
+    batch = random_batch(config, rows, length)
+    start = time.perf_counter()
+    step = make_train_step(graphdef, losses.sft, tx, offloads=remat.offloads(arguments.remat))
+    step = step.lower(trainable, frozen, opt_state, batch).compile()
+    record["compile_s"] = round(time.perf_counter() - start, 1)
+    analysis = step.memory_analysis()
+    record["temp_gib"] = round(analysis.temp_size_in_bytes / GIB, 3)
+    record["host_gib"] = round(analysis.host_temp_size_in_bytes / GIB, 3)
+    state = (trainable, opt_state)
+    del trainable, opt_state
+    times, found = [], []
+    for _ in range(arguments.warmup + arguments.steps):
+        start = time.perf_counter()
+        *state, metrics = step(state[0], frozen, state[1], batch)
+        found.append(float(metrics["loss"]))
+        times.append(time.perf_counter() - start)
+    record["first_step_s"] = round(record["compile_s"] + times[0], 1)
+    median = statistics.median(times[arguments.warmup :])
+    record |= {"tok_s": round(rows * length / median, 1), "step_ms": round(median * 1e3, 2)}
+    record |= {"peak_alloc_gib": memory("peak_bytes_in_use"), "losses": [round(x, 4) for x in found]}
+    record |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    print(json.dumps(record), flush=True)
+    if arguments.out:
+        with open(arguments.out, "a") as file:
+            file.write(json.dumps(record) + "\n")
+    if arguments.hlo:
+        Path(arguments.hlo).write_text(step.as_text())
+    if arguments.profile:
+        print_profile(step, state, frozen, batch, arguments.profile)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.train", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
+    parser.add_argument("--quant", choices=("nf4", "none"), default="nf4")
+    parser.add_argument("--shape", default="2x2048", help="rows x tokens")
+    parser.add_argument("--remat", default="offload", help="a policy of jaxft.models.remat")
+    parser.add_argument("--unroll", action="store_true", help="layers as straight code instead of a scan")
+    parser.add_argument("--optim", choices=("adamw", "adamw_8bit"), default="adamw_8bit")
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N most expensive kernels")
+    parser.add_argument("--out", help="append the JSON line to this file")
+    parser.add_argument("--hlo", help="write the compiled program to this file")
+    return parser.parse_args()
+
+
+def memory(name: str) -> float | None:
+    """A statistic of the device's allocator in GiB; None on a CPU, which has none."""
+    statistics_of_device = jax.devices()[0].memory_stats()
+    return round(statistics_of_device[name] / GIB, 3) if statistics_of_device else None
+
+
+def random_decoder(config: DecoderConfig, quant: str) -> Decoder:
+    """A decoder of random bfloat16 weights, drawn on the device; NF4 ones as codes, never decoded."""
+    decoder = abstract_decoder(config, jnp.bfloat16)
+    for index, (path, variable) in enumerate(parameters(decoder)):
+        shape = variable.get_value().shape
+        key = jax.random.fold_in(jax.random.key(1), index)
+        if str(path[-2]).endswith("norm"):
+            variable.set_value(jnp.ones(shape, jnp.bfloat16))
+        elif quant == "nf4" and is_quantizable(path):
+            variable.set_value(random_nf4(key, shape))
+        else:
+            variable.set_value(random_normal(key, shape))
+    nnx.update(decoder, nnx.from_flat_state(parameters(decoder)))
+    return decoder
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def random_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard deviation 0.02, row by row, so that no float32 copy of the whole exists."""
+    keys = jax.random.split(key, shape[0])
+    return jax.lax.map(lambda one: (0.02 * jax.random.normal(one, shape[1:])).astype(jnp.bfloat16), keys)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def random_nf4(key: jax.Array, shape: tuple[int, int, int]) -> NF4Tensor:
+    """A stack of NF4 weights whose values have a standard deviation of about 0.02."""
+    layers, rows, columns = shape
+    blocks = rows * columns // nf4.BLOCK_SIZE
+    nested = -(-blocks // nf4.NESTED_BLOCK_SIZE)
+    codes_key, absmax_key = jax.random.split(key)
+    return NF4Tensor(
+        jax.random.bits(codes_key, (layers, rows, columns // 2), jnp.uint8),
+        jax.random.bits(absmax_key, (layers, blocks), jnp.uint8),
+        jnp.full((layers, nested), 0.01, jnp.float32),
+        jnp.full((layers,), 0.04, jnp.float32),
+        jnp.broadcast_to(jnp.asarray(nf4.QUANT_MAP), (layers, 16)),
+        jnp.broadcast_to(jnp.asarray(nf4.NESTED_QUANT_MAP), (layers, 256)),
+        shape=(rows, columns),
+    )
+
+
+def random_batch(config: DecoderConfig, rows: int, length: int) -> Batch:
+    """One micro-batch of rows that are one document each."""
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, rows, length + 1)).astype(np.int32)
+    shape = (1, rows, length)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
+    arrays = (tokens[..., :-1], tokens[..., 1:], np.ones(shape, np.float32), None, positions)
+    return Batch(*(None if array is None else jnp.asarray(array) for array in arrays))
+
+
+def print_profile(step: Any, state: Any, frozen: Any, batch: Batch, top: int, steps: int = 3) -> None:
+    """The device's kernels by the milliseconds that a step spends on them."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                *state, metrics = step(state[0], frozen, state[1], batch)
+            jax.block_until_ready(metrics)
+            wall = time.perf_counter() - start
+        events = sorted(device_events(Path(folder)), key=lambda event: event[1])
+    totals: dict[str, list[float]] = collections.defaultdict(list)
+    for name, begin, end in events:
+        totals[name].append((end - begin) / 1e6 / steps)
+    every = sum(map(sum, totals.values()))
+    busy_ms = busy([(begin, end) for _, begin, end in events]) / 1e6 / steps
+    print(f"a step: {wall / steps * 1e3:.1f} ms, device busy {busy_ms:.1f}, kernels and copies {every:.1f}")
+    print(f"{'ms a step':>10} {'calls':>6}  kernel")
+    for name, each in sorted(totals.items(), key=lambda item: -sum(item[1]))[:top]:
+        print(f"{sum(each):10.2f} {len(each) / steps:6.0f}  {name[:110]}")
+
+
+if __name__ == "__main__":
+    main()
