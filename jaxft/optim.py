@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,7 +13,7 @@ from jaxft.errors import JaxftError
 from pallas_kernels import adamw_8bit as quantized
 
 Scheduler = Literal["linear", "cosine", "constant"]
-Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"]
+Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw", "adamw_8bit", "adamw_bnb_8bit"]
 
 MIN_8BIT_SIZE = 4096  # values; bitsandbytes' min_8bit_size
 
@@ -82,7 +81,6 @@ def adamw_8bit(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
-    paged: bool = False,
 ) -> optax.GradientTransformation:
     """AdamW with 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861) after clipping by the global norm.
 
@@ -93,20 +91,17 @@ def adamw_8bit(
         update = -lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps) - lr weight_decay p
 
     in float32, and encodes the new ones. Updates are float32 whatever the parameter's dtype, so `optax.apply_updates`
-    rounds a bfloat16 parameter once. Without weight decay the new parameter and, with or without, the state are bit for
-    bit those of `pallas_kernels.adamw_8bit.update` where that rounds product and difference apart (on a CPU); with it
-    the parameter differs by the rounding of p (1 - lr weight_decay).
+    rounds a bfloat16 parameter once. The state is bit for bit that of `pallas_kernels.adamw_8bit.update`; the parameter
+    is its to a float32 rounding or two, because a compiler may contract its product and difference into one operation.
 
     Args:
       learning_rate: a float, a traced scalar, or a schedule, called with the number of steps done.
       b1, b2, eps, weight_decay: AdamW's.
       max_grad_norm: None or 0: no clipping.
-      paged: keep the 8-bit moments in pinned host memory between steps. On a CPU that is where they are anyway.
     """
-    paged = paged and jax.default_backend() != "cpu"
 
     def init(params: optax.Params) -> AdamW8bitState:
-        return AdamW8bitState(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: _to_host(_init(p), paged), params))
+        return AdamW8bitState(jnp.zeros((), jnp.int32), jax.tree.map(_init, params))
 
     def update(
         gradients: optax.Updates, state: AdamW8bitState, params: optax.Params | None = None
@@ -114,13 +109,13 @@ def adamw_8bit(
         if params is None:
             raise ValueError("adamw_8bit: update needs params")
         rate = jnp.asarray(learning_rate(state.count) if callable(learning_rate) else learning_rate, jnp.float32)
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         leaves, tree = jax.tree.flatten(gradients)
         updates, moments = [], []
         for g, old, p in zip(leaves, tree.flatten_up_to(state.moments), tree.flatten_up_to(params), strict=True):
-            step, new = _step(g, _to_device(old, paged), step=count, learning_rate=rate, b1=b1, b2=b2, eps=eps)
+            step, new = _step(g, old, step=count, learning_rate=rate, b1=b1, b2=b2, eps=eps)
             updates.append(step - rate * jnp.float32(weight_decay) * p.astype(jnp.float32) if weight_decay else step)
-            moments.append(_to_host(new, paged))
+            moments.append(new)
         return tree.unflatten(updates), AdamW8bitState(count, tree.unflatten(moments))
 
     transformation = optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
@@ -155,25 +150,12 @@ def _step(
     return -learning_rate * mean / (jnp.sqrt(mean_square) + eps), Moments(m, v)
 
 
-def _to_host(moments: quantized.State | Moments, paged: bool) -> quantized.State | Moments:
-    """Large moments in pinned host memory."""
-    large = paged and isinstance(moments, quantized.State)
-    return jax.device_put(moments, jax.memory.Space.Host) if large else moments
-
-
-def _to_device(moments: quantized.State | Moments, paged: bool) -> quantized.State | Moments:
-    """The inverse of `_to_host`."""
-    large = paged and isinstance(moments, quantized.State)
-    return jax.device_put(moments, jax.memory.Space.Device) if large else moments
-
-
 _OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw_torch": adamw,
     "adamw_torch_fused": adamw,
     "adamw": adamw,
     "adamw_8bit": adamw_8bit,
     "adamw_bnb_8bit": adamw_8bit,
-    "paged_adamw_8bit": functools.partial(adamw_8bit, paged=True),
 }
 
 

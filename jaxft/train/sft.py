@@ -46,7 +46,7 @@ class SFTConfig:
       lr_scheduler_type: what the learning rate does after the warm-up.
       warmup_steps: steps over which it rises from 0.
       warmup_ratio: the same as a share of all steps, rounded up; ignored when warmup_steps is not 0.
-      optim: AdamW with float32 moments (adamw_torch) or 8-bit ones (adamw_8bit; paged_adamw_8bit in host memory).
+      optim: AdamW with float32 moments (adamw_torch) or 8-bit ones (adamw_8bit).
       weight_decay: of AdamW.
       adam_beta1: decay of AdamW's mean of the gradients.
       adam_beta2: decay of AdamW's mean of their squares.

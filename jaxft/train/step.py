@@ -71,8 +71,9 @@ def make_train_step(
         # optax mixes its int32 step count with floats: leave that to it, also where the caller promotes strictly.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = tx.update(grads, opt_state, trainable)
+            trainable = optax.apply_updates(trainable, updates)
         metrics = {**sums, "loss": sums["loss"] / weight, "grad_norm": optax.tree.norm(grads)}
-        return optax.apply_updates(trainable, updates), opt_state, metrics
+        return trainable, opt_state, metrics
 
     return jax.jit(step, donate_argnums=(0, 2), compiler_options=_compiler_options(offloads))
 
