@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import functools
 import json
 import statistics
@@ -58,7 +59,7 @@ MODELS = {
         max_position_embeddings=131072,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
-        rope=_ROPE,
+        rope=dataclasses.replace(_ROPE, factor=32.0),
     ),
     "tiny": DecoderConfig(
         vocab_size=4096,
