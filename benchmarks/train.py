@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,60 +75,79 @@ MODELS = {
 }
 
 
+class Prepared(NamedTuple):
+    """A compiled train step and what it takes."""
+
+    step: Any
+    state: list[Any]  # what trains and the optimizer's state; donated, so the next step takes what this one returns
+    frozen: Any
+    batch: Batch
+
+
 def main() -> None:
     arguments = parse_arguments()
     rows, length = map(int, arguments.shape.split("x"))
-    config = MODELS[arguments.model]
-    start = time.perf_counter()
-    decoder = random_decoder(config, arguments.quant)
-    lora.attach(decoder, lora.LoraConfig(r=16), key=jax.random.key(0))
-    decoder.remat, decoder.unroll = arguments.remat, arguments.unroll
-    graphdef, trainable, frozen = labels.split(decoder)
-    del decoder
-    jax.block_until_ready((trainable, frozen))
-    record: dict[str, Any] = {
-        "kind": "train",
-        "job": "jaxft",
-        "model": arguments.model,
-        "quant": arguments.quant,
-        "remat": arguments.remat,
-        "unroll": arguments.unroll,
-        "batch": rows,
-        "seq": length,
-        "load_s": round(time.perf_counter() - start, 1),
-        "after_load_gib": memory("bytes_in_use"),
-    }
-    tx = optim.adamw(1e-3) if arguments.optim == "adamw" else optim.adamw_8bit(1e-3)
-    opt_state = tx.init(trainable)
-    batch = random_batch(config, rows, length)
-    start = time.perf_counter()
-    step = make_train_step(graphdef, losses.sft, tx, offloads=remat.offloads(arguments.remat))
-    step = step.lower(trainable, frozen, opt_state, batch).compile()
-    record["compile_s"] = round(time.perf_counter() - start, 1)
-    analysis = step.memory_analysis()
-    record["temp_gib"] = round(analysis.temp_size_in_bytes / GIB, 3)
-    record["host_gib"] = round(analysis.host_temp_size_in_bytes / GIB, 3)
-    state = (trainable, opt_state)
-    del trainable, opt_state
-    times, found = [], []
-    for _ in range(arguments.warmup + arguments.steps):
-        start = time.perf_counter()
-        *state, metrics = step(state[0], frozen, state[1], batch)
-        found.append(float(metrics["loss"]))
-        times.append(time.perf_counter() - start)
-    record["first_step_s"] = round(record["compile_s"] + times[0], 1)
-    median = statistics.median(times[arguments.warmup :])
-    record |= {"tok_s": round(rows * length / median, 1), "step_ms": round(median * 1e3, 2)}
-    record |= {"peak_alloc_gib": memory("peak_bytes_in_use"), "losses": [round(x, 4) for x in found]}
+    settings = {name: getattr(arguments, name) for name in ("model", "quant", "remat", "unroll")}
+    record: dict[str, Any] = {"kind": "train", "job": "jaxft", **settings, "batch": rows, "seq": length}
+    prepared = prepare(arguments, rows, length, record)
+    measure(prepared, arguments, rows * length, record)
     record |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
     print(json.dumps(record), flush=True)
     if arguments.out:
         with open(arguments.out, "a") as file:
             file.write(json.dumps(record) + "\n")
     if arguments.hlo:
-        Path(arguments.hlo).write_text(step.as_text())
+        Path(arguments.hlo).write_text(prepared.step.as_text())
     if arguments.profile:
-        print_profile(step, state, frozen, batch, arguments.profile)
+        print_profile(prepared, arguments.profile)
+
+
+def prepare(arguments: argparse.Namespace, rows: int, length: int, record: dict[str, Any]) -> Prepared:
+    """Makes the model and compiles its step; what that took goes into the record."""
+    config = MODELS[arguments.model]
+    start = time.perf_counter()
+    decoder = random_decoder(config, arguments.quant)
+    lora.attach(decoder, lora.LoraConfig(r=16), key=jax.random.key(0))
+    decoder.remat, decoder.unroll = arguments.remat, arguments.unroll
+    graphdef, trainable, frozen = labels.split(decoder)
+    jax.block_until_ready((trainable, frozen))
+    record |= {"load_s": round(time.perf_counter() - start, 1), "after_load_gib": memory("bytes_in_use")}
+    tx = optim.optimizer(arguments.optim, 1e-3)
+    opt_state, batch = tx.init(trainable), random_batch(config, rows, length)
+    start = time.perf_counter()
+    step = make_train_step(graphdef, losses.sft, tx, offloads=remat.offloads(arguments.remat))
+    step = step.lower(trainable, frozen, opt_state, batch).compile()
+    analysis = step.memory_analysis()
+    record |= {
+        "compile_s": round(time.perf_counter() - start, 1),
+        "temp_gib": round(analysis.temp_size_in_bytes / GIB, 3),
+        "host_gib": round(analysis.host_temp_size_in_bytes / GIB, 3),
+    }
+    return Prepared(step, [trainable, opt_state], frozen, batch)
+
+
+def run_step(prepared: Prepared) -> dict[str, jax.Array]:
+    """One step; returns its metrics."""
+    trainable, opt_state = prepared.state
+    prepared.state[0], prepared.state[1], metrics = prepared.step(trainable, prepared.frozen, opt_state, prepared.batch)
+    return metrics
+
+
+def measure(prepared: Prepared, arguments: argparse.Namespace, tokens: int, record: dict[str, Any]) -> None:
+    """Times synchronized steps; speed, memory and losses go into the record."""
+    times, found = [], []
+    for _ in range(arguments.warmup + arguments.steps):
+        start = time.perf_counter()
+        found.append(float(run_step(prepared)["loss"]))
+        times.append(time.perf_counter() - start)
+    median = statistics.median(times[arguments.warmup :])
+    record |= {
+        "first_step_s": round(record["compile_s"] + times[0], 1),
+        "tok_s": round(tokens / median, 1),
+        "step_ms": round(median * 1e3, 2),
+        "peak_alloc_gib": memory("peak_bytes_in_use"),
+        "losses": [round(x, 4) for x in found],
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -203,13 +222,13 @@ def random_batch(config: DecoderConfig, rows: int, length: int) -> Batch:
     return Batch(*(None if array is None else jnp.asarray(array) for array in arrays))
 
 
-def print_profile(step: Any, state: Any, frozen: Any, batch: Batch, top: int, steps: int = 3) -> None:
+def print_profile(prepared: Prepared, top: int, steps: int = 3) -> None:
     """The device's kernels by the milliseconds that a step spends on them."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         with jax.profiler.trace(folder):
             for _ in range(steps):
-                *state, metrics = step(state[0], frozen, state[1], batch)
+                metrics = run_step(prepared)
             jax.block_until_ready(metrics)
             wall = time.perf_counter() - start
         events = sorted(device_events(Path(folder)), key=lambda event: event[1])

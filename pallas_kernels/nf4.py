@@ -244,7 +244,6 @@ def _pallas(
     nested_block_size: int = NESTED_BLOCK_SIZE,
     words: int = 256,
     num_warps: int = 1,
-    scale_a_block: bool = False,
 ) -> jax.Array:
     """One program decodes `words` int32 words of eight codes each, absmax and all, from the whole stack of codes."""
     rows, half = codes.shape[-2:]
@@ -259,7 +258,6 @@ def _pallas(
         words=words,
         block_words=block_size // (2 * BYTES_PER_WORD),
         nested_block_size=nested_block_size,
-        scale_a_block=scale_a_block,
     )
     return values.reshape(rows, half * 2)
 
@@ -327,7 +325,7 @@ def load_scales(
     return product + backend.load(stack.nested_offset.at[layer])
 
 
-def _nf4_dequantize(*refs: Any, words: int, block_words: int, nested_block_size: int, scale_a_block: bool) -> None:
+def _nf4_dequantize(*refs: Any, words: int, block_words: int, nested_block_size: int) -> None:
     stack, out_ref = Stack(*refs[:-1]), refs[-1]
     layer, start = stack.layer[0], backend.program_id(0) * words
     total, per_word = out_ref.shape
@@ -339,12 +337,7 @@ def _nf4_dequantize(*refs: Any, words: int, block_words: int, nested_block_size:
     shifts = jnp.broadcast_to((4 * (jax.lax.iota(jnp.int32, per_word) ^ 1))[None], shape)
     nibbles = jax.lax.shift_right_logical(jnp.broadcast_to(codes[:, None], shape), shifts) & 15
     values = backend.load(stack.quant_map.at[layer, nibbles])
-    if scale_a_block and mask is None:
-        block = start // block_words + jax.lax.iota(jnp.int32, words // block_words)
-        scales = load_scales(stack, layer, block, nested_block_size)
-        scaled = (values.reshape(-1, block_words * per_word) * scales[:, None]).reshape(shape)
-    else:
-        scaled = values * load_scales(stack, layer, word // block_words, nested_block_size, mask)[:, None]
+    scaled = values * load_scales(stack, layer, word // block_words, nested_block_size, mask)[:, None]
     out_mask = None if mask is None else jnp.broadcast_to(mask[:, None], shape)
     backend.store(out_ref.at[backend.ds(start, words), :], scaled.astype(out_ref.dtype), mask=out_mask)
 
