@@ -24,7 +24,7 @@ from flax import nnx
 
 from jaxft import lora, losses, optim
 from jaxft.data.batch import Batch
-from jaxft.models import labels, remat
+from jaxft.models import labels
 from jaxft.models.config import DecoderConfig, RopeConfig
 from jaxft.models.decoder import Decoder, abstract_decoder
 from jaxft.models.params import is_quantizable, parameters
@@ -87,7 +87,7 @@ class Prepared(NamedTuple):
 def main() -> None:
     arguments = parse_arguments()
     rows, length = map(int, arguments.shape.split("x"))
-    settings = {name: getattr(arguments, name) for name in ("model", "quant", "remat", "unroll")}
+    settings = {name: getattr(arguments, name) for name in ("model", "quant", "remat", "lora_dtype", "optim")}
     record: dict[str, Any] = {"kind": "train", "job": "jaxft", **settings, "batch": rows, "seq": length}
     prepared = prepare(arguments, rows, length, record)
     measure(prepared, arguments, rows * length, record)
@@ -107,15 +107,15 @@ def prepare(arguments: argparse.Namespace, rows: int, length: int, record: dict[
     config = MODELS[arguments.model]
     start = time.perf_counter()
     decoder = random_decoder(config, arguments.quant)
-    lora.attach(decoder, lora.LoraConfig(r=16), key=jax.random.key(0))
-    decoder.remat, decoder.unroll = arguments.remat, arguments.unroll
+    lora.attach(decoder, lora.LoraConfig(r=16), key=jax.random.key(0), dtype=jnp.dtype(arguments.lora_dtype))
+    decoder.remat = arguments.remat
     graphdef, trainable, frozen = labels.split(decoder)
     jax.block_until_ready((trainable, frozen))
     record |= {"load_s": round(time.perf_counter() - start, 1), "after_load_gib": memory("bytes_in_use")}
     tx = optim.optimizer(arguments.optim, 1e-3)
     opt_state, batch = tx.init(trainable), random_batch(config, rows, length)
     start = time.perf_counter()
-    step = make_train_step(graphdef, losses.sft, tx, offloads=remat.offloads(arguments.remat))
+    step = make_train_step(graphdef, losses.sft, tx, remat=arguments.remat)
     step = step.lower(trainable, frozen, opt_state, batch).compile()
     analysis = step.memory_analysis()
     record |= {
@@ -156,7 +156,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quant", choices=("nf4", "none"), default="nf4")
     parser.add_argument("--shape", default="2x2048", help="rows x tokens")
     parser.add_argument("--remat", default="offload", help="a policy of jaxft.models.remat")
-    parser.add_argument("--unroll", action="store_true", help="layers as straight code instead of a scan")
+    parser.add_argument("--lora-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--optim", choices=("adamw", "adamw_8bit"), default="adamw_8bit")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)

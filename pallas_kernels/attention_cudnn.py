@@ -163,24 +163,25 @@ def in_groups(
 ) -> tuple[jax.Array, ...]:
     """backward(q, k, v, lse, out, g) -> (dq, dk, dv) for one group of kv heads (and their query heads) after the other.
 
-    kv heads share nothing, so the values are those of one call. The gradients are written where they belong: joining
-    them at the end would need their memory twice.
+    kv heads share nothing, so the values are those of one call. dq, dk and dv are written over g, k and v, of which no
+    later group reads those parts: arrays of their own would be there all through the layers, as zeros.
     """
     if groups == 1:
         return backward(q, k, v, lse, out, g)
 
-    def step(i: jax.Array, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def step(i: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         def mine(array: jax.Array, axis: int = 2) -> jax.Array:
             size = array.shape[axis] // groups
             return jax.lax.dynamic_slice_in_dim(array, i * size, size, axis)
 
-        parts = backward(mine(q), mine(k), mine(v), mine(lse, 1), mine(out), mine(g))
+        g, k, v = map(mine, arrays)
+        parts = backward(mine(q), k, v, mine(lse, 1), mine(out), g)
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(whole, part, i * part.shape[2], axis=2)
-            for whole, part in zip(gradients, parts, strict=True)
+            for whole, part in zip(arrays, parts, strict=True)
         )
 
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(groups), step, tuple(map(jnp.zeros_like, (q, k, v))))
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(groups), step, (g, k, v))
 
 
 def _bind(

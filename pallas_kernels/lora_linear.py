@@ -272,21 +272,24 @@ def parameter_cotangents(
     d_low: Sequence[jax.Array | None],
     dropout: float,
 ) -> tuple[LoraWeights, ...]:
-    """dW, dbias, dA and dB of every linear, in each one's dtype; `trains` says which plain weights want theirs."""
+    """dW, dbias, dA and dB of every linear, float32; `trains` says which plain weights want theirs."""
     d_A = _d_A(x, linears, d_low, dropout)
     found = []
     for linear, train, g, low_i, d_A_i in zip(linears, trains, cotangents, low, d_A, strict=True):
         d_weight = einsum_float32("to,ti->oi", g, x) if train and x is not None else None
         d_bias = None if linear.bias is None else jnp.sum(g.astype(jnp.float32), axis=0)
         d_B = None if low_i is None else einsum_float32("to,tr->or", g, low_i)
-        gradients = (d_weight, d_bias, d_A_i, d_B)
-        found.append(LoraWeights._make((*map(_like, gradients, linear[:4]), None, None)))
+        found.append(LoraWeights(d_weight, d_bias, d_A_i, d_B, scale=None, dropout_key=None))
     return tuple(found)
 
 
-def _like(gradient: jax.Array | None, parameter: Any) -> jax.Array | None:
-    """A gradient in its parameter's own dtype."""
-    return None if gradient is None else gradient.astype(parameter.dtype)
+def like_parameters(gradients: Sequence[LoraWeights], linears: Sequence[LoraWeights]) -> tuple[LoraWeights, ...]:
+    """Every gradient in its parameter's own dtype."""
+
+    def like(gradient: jax.Array | None, parameter: Any) -> jax.Array | None:
+        return None if gradient is None else gradient.astype(parameter.dtype)
+
+    return tuple(LoraWeights._make(map(like, *pair)) for pair in zip(gradients, linears, strict=True))
 
 
 def _d_A(
@@ -385,7 +388,7 @@ def _linears_bwd(dropout, residuals, cotangents):
     d_low = low_rank_cotangents(linears, cotangents)
     trains = [train is not None for train in trains]
     d_linears = parameter_cotangents(x, linears, trains, cotangents, low, d_low, dropout)
-    return input_cotangent(linears, cotangents, d_low, dropout), d_linears
+    return input_cotangent(linears, cotangents, d_low, dropout), like_parameters(d_linears, linears)
 
 
 _linears.defvjp(_linears_fwd, _linears_bwd, symbolic_zeros=True)

@@ -3,7 +3,8 @@
     gate = G(x)    up = U(x)    h = act(gate) * up    y = D(h)        G, U, D linears with adapters; x [T, in]
 
 Kept for the backward pass: x, gate, up and the low-rank products of the adapters (named for remat policies), never h,
-which is made again in the pass that makes d_gate and d_up out of d_h:
+which is made again in the pass that makes d_gate and d_up out of d_h (and with `recompute` only x, from which gate and
+up are made again, possibly for a tile of rows at a time, so that no [T, F] array exists whole):
 
     d_h = g W_D + d_D A_D      (h, d_gate, d_up) from (gate, up, d_h)
     dx = d_gate W_G + d_up W_U + [d_G d_U] [A_G; A_U]
@@ -16,6 +17,7 @@ fit a program's registers (H100, 8192 tokens, 4096 -> 14336 -> 4096, r = 16: 19.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -34,6 +36,7 @@ from pallas_kernels.lora_linear import (
     flatten,
     gather,
     input_cotangent,
+    like_parameters,
     low_rank,
     low_rank_cotangents,
     parameter_cotangents,
@@ -43,6 +46,7 @@ from pallas_kernels.lora_linear import (
 from pallas_kernels.op import Case, Choice, Implementation, Op, normal, register
 
 LINEARS = ("gate", "up", "down")
+_FORWARD_TILE = 4  # times the backward pass's
 
 
 def lora_mlp(
@@ -53,6 +57,8 @@ def lora_mlp(
     *,
     activation: str = "silu",
     dropout: float = 0.0,
+    recompute: bool = False,
+    tile: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Returns down(act(gate(x)) * up(x)), [..., out] in x's dtype; any of the linears may have an adapter.
@@ -62,11 +68,16 @@ def lora_mlp(
       gate, up, down: the parameters of each: [F, in], [F, in] and [out, F].
       activation: one of `gated_activation`'s.
       dropout: probability of dropping a value of an adapter's input, in [0, 1); for linears with a dropout_key.
+      recompute: keep x instead of gate and up for the backward pass. Better than `jax.checkpoint` around this op, which
+        would also make h again for the sake of its product with an adapter.
+      tile: with `recompute`: rows that the backward pass computes at a time (the forward pass, which has fewer arrays
+        beside it, takes four times as many); every weight is decoded once, for all tiles. None: all rows. What dropout
+        drops depends on it.
       implementation: "xla" or None.
 
     Raises:
-      ValueError: a linear has only one of lora_A and lora_B, shapes do not fit, dropout is out of range, or the
-        activation is unknown.
+      ValueError: a linear has only one of lora_A and lora_B, shapes do not fit, dropout is out of range, the activation
+        is unknown, or there is a tile without `recompute`.
       ImplementationError: the named implementation does not exist or cannot run these arguments.
 
     Example:
@@ -84,7 +95,10 @@ def lora_mlp(
     check_weights("lora_mlp", x.shape[-1], {"gate": gate, "up": up}, dropout)
     check_weights("lora_mlp", _rows(gate.weight), {"down": down}, dropout)
     linears = flatten({"gate": gate, "up": up, "down": down})
-    return LORA_MLP(x, **linears, activation=activation, dropout=dropout, implementation=implementation)
+    if tile is not None and not (recompute and tile > 0):
+        raise ValueError(f"lora_mlp: tile={tile} needs recompute=True and a positive number of rows")
+    static = {"activation": activation, "dropout": dropout, "recompute": recompute, "tile": tile}
+    return LORA_MLP(x, **linears, **static, implementation=implementation)
 
 
 def _rows(weight: Any) -> int:
@@ -97,14 +111,16 @@ class _Static(NamedTuple):
 
     activation: str
     dropout: float
+    tile: int | None
 
 
 class _Kept(NamedTuple):
-    """What the forward pass leaves for the backward pass beside x."""
+    """What the forward pass leaves for the backward pass beside x; `low_down` None: to be made again, out of h."""
 
     gate: jax.Array
     up: jax.Array
     low: tuple[jax.Array | None, ...]
+    low_down: jax.Array | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -113,14 +129,20 @@ def _mlp(static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...]) -> jax
     return _forward(static, x, linears)[0]
 
 
-def _forward(static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...]) -> tuple[jax.Array, _Kept]:
-    shared, down = linears[:2], linears[2]
+def _gate_and_up(static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...]) -> _Kept:
+    shared = linears[:2]
     low = low_rank(x, shared, static.dropout)
-    gate = checkpoint_name(apply(x, shared[0], low[0]), "gate")
-    up = checkpoint_name(apply(x, shared[1], low[1]), "up")
+    gate, up = (apply(x, linear, low_i) for linear, low_i in zip(shared, low, strict=True))
+    return _Kept(gate, up, low, None)
+
+
+def _forward(static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...]) -> tuple[jax.Array, _Kept]:
+    down = linears[2]
+    gate, up, low, _ = _gate_and_up(static, x, linears)
+    gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
     h = gated_activation(gate, up, activation=static.activation)
     (low_down,) = low_rank(h, (down,), static.dropout)
-    return apply(h, down, low_down), _Kept(gate, up, (*low, low_down))
+    return apply(h, down, low_down), _Kept(gate, up, low, low_down)
 
 
 def _mlp_fwd(static, x, linears):
@@ -128,28 +150,117 @@ def _mlp_fwd(static, x, linears):
     x, linears = x.value, values(linears)
     y, kept = _forward(static, x, linears)
     needs_x = any(trains[:2]) or any(linear.lora_A is not None for linear in linears[:2])
-    return y, (x if needs_x else None, linears, kept, tuple(() if train else None for train in trains))
+    return y, (x if needs_x else None, linears, kept, _marked(trains))
+
+
+def _marked(flags: Sequence[bool]) -> tuple[tuple[()] | None, ...]:
+    """Flags as a pytree without leaves, which residuals may hold."""
+    return tuple(() if flag else None for flag in flags)
 
 
 def _mlp_bwd(static, residuals, g):
-    x, linears, kept, trains = residuals
-    trains = [train is not None for train in trains]
+    x, linears, kept, marks = residuals
+    dx, gradients = _backward(static, x, linears, marks, kept, g)
+    return dx, like_parameters(gradients, linears)
+
+
+def _backward(static, x, linears, marks, kept: _Kept, g) -> tuple[jax.Array, tuple[LoraWeights, ...]]:
+    """dx, and the parameters' gradients in float32."""
+    trains = [mark is not None for mark in marks]
     shared, down = linears[:2], linears[2:]
     d_low = low_rank_cotangents(down, (g,))
     d_h = input_cotangent(down, (g,), d_low, static.dropout)
     h, *d_shared = gated_activation_backward(kept.gate, kept.up, d_h, static.activation)
-    d_down = parameter_cotangents(h, down, trains[2:], (g,), kept.low[2:], d_low, static.dropout)
+    low_down = low_rank(h, down, static.dropout) if kept.low_down is None else (kept.low_down,)
+    d_down = parameter_cotangents(h, down, trains[2:], (g,), low_down, d_low, static.dropout)
     d_low = low_rank_cotangents(shared, d_shared)
-    found = parameter_cotangents(x, shared, trains[:2], d_shared, kept.low[:2], d_low, static.dropout)
+    found = parameter_cotangents(x, shared, trains[:2], d_shared, kept.low, d_low, static.dropout)
     return input_cotangent(shared, d_shared, d_low, static.dropout), (*found, *d_down)
 
 
 _mlp.defvjp(_mlp_fwd, _mlp_bwd, symbolic_zeros=True)
 
 
-def _reference(x: jax.Array, *, activation: str = "silu", dropout: float = 0.0, **arguments: Any) -> jax.Array:
-    linears = gather(LINEARS, arguments)
-    y = cast(jax.Array, _mlp(_Static(activation, dropout), x.reshape(-1, x.shape[-1]), linears))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recomputing_mlp(static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...]) -> jax.Array:
+    """`_mlp` that keeps only x, `static.tile` rows at a time."""
+    weights = _decoded(linears, x.dtype)
+    y, _ = _over_tiles(
+        _FORWARD_TILE * (static.tile or 0), weights, lambda x, at: (_forward(static, x, at)[0], ()), (x,)
+    )
+    return y
+
+
+def _recomputing_fwd(static, x, linears):
+    trains = trained(linears)
+    x, linears = x.value, values(linears)
+    return _recomputing_mlp(static, x, linears), (x, linears, _marked(trains))
+
+
+def _recomputing_bwd(static, residuals, g):
+    x, linears, marks = residuals
+
+    def backward(x_tile, g_tile, at):
+        return _backward(static, x_tile, at, marks, _gate_and_up(static, x_tile, at), g_tile)
+
+    dx, gradients = _over_tiles(static.tile or 0, _decoded(linears, x.dtype), backward, (x, g))
+    return dx, like_parameters(gradients, linears)
+
+
+_recomputing_mlp.defvjp(_recomputing_fwd, _recomputing_bwd, symbolic_zeros=True)
+
+
+def _decoded(linears: tuple[LoraWeights, ...], dtype: Any) -> tuple[LoraWeights, ...]:
+    return tuple(linear._replace(weight=decoded(linear.weight, dtype)) for linear in linears)
+
+
+def _over_tiles(tile: int, linears, run, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
+    """run(*tiles of arrays [T, ...], linears) -> (rows, sums): all rows [T, ...] in order, and the sums' total.
+
+    `tile` 0 is all rows.
+
+    Where they fit, the rows are written over the first array's tiles, which nobody reads again: an array of their own
+    would begin as zeros, which XLA makes once and keeps all through the layers.
+    """
+    rows = arrays[0].shape[0]
+    if tile == 0 or tile >= rows:
+        return run(*arrays, linears)
+    part, sums = jax.eval_shape(lambda *tiles: run(*tiles, _of_tile(linears, 0)), *(array[:tile] for array in arrays))
+    in_place = part.shape[1:] == arrays[0].shape[1:] and part.dtype == arrays[0].dtype
+
+    def step(index: Any, carry: tuple[jax.Array, Any], size: int = tile) -> tuple[jax.Array, Any]:
+        done, total = carry
+        inputs = (done, *arrays[1:]) if in_place else arrays
+        tiles = (jax.lax.dynamic_slice_in_dim(array, index * tile, size) for array in inputs)
+        part, sums = run(*tiles, _of_tile(linears, index))
+        done = jax.lax.dynamic_update_slice_in_dim(done, part, index * tile, axis=0)
+        return done, jax.tree.map(jnp.add, total, sums)
+
+    done = arrays[0] if in_place else jnp.zeros((rows, *part.shape[1:]), part.dtype)
+    total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
+    carry = jax.lax.fori_loop(jnp.int32(0), jnp.int32(rows // tile), step, (done, total))
+    return step(rows // tile, carry, rows % tile) if rows % tile else carry
+
+
+def _of_tile(linears: tuple[LoraWeights, ...], index: Any) -> tuple[LoraWeights, ...]:
+    """The linears with dropout of this tile's own."""
+    keys = (linear.dropout_key for linear in linears)
+    keys = (None if key is None else jax.random.fold_in(key, index) for key in keys)
+    return tuple(linear._replace(dropout_key=key) for linear, key in zip(linears, keys, strict=True))
+
+
+def _reference(
+    x: jax.Array,
+    *,
+    activation: str = "silu",
+    dropout: float = 0.0,
+    recompute: bool = False,
+    tile: int | None = None,
+    **arguments: Any,
+) -> jax.Array:
+    mlp = _recomputing_mlp if recompute else _mlp
+    static = _Static(activation, dropout, tile)
+    y = cast(jax.Array, mlp(static, x.reshape(-1, x.shape[-1]), gather(LINEARS, arguments)))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -167,6 +278,7 @@ def _case(
     bias: bool = False,
     packed: bool = False,
     dropout: float = 0.0,
+    tile: int | None = None,
 ) -> Case:
     size, wide = sizes
     shapes = ((wide, size), (wide, size), (size, wide))
@@ -180,7 +292,8 @@ def _case(
             )
             for i, (part, shape, rank) in enumerate(parts)
         }
-        return {"x": x, **flatten(linears), "activation": activation, "dropout": dropout}
+        static = {"activation": activation, "dropout": dropout, "recompute": tile is not None, "tile": tile}
+        return {"x": x, **flatten(linears), **static}
 
     differentiable = [
         field for part, _, rank in parts for field in case_differentiable(f"{part}_", rank, bias=bias, packed=packed)
@@ -198,6 +311,8 @@ LORA_MLP = register(
         cases=(
             _case("all adapted", 7, (24, 40), (4, 4, 4)),
             _case("over NF4, up without adapter", 5, (34, 66), (3, None, 1), packed=True),
+            _case("over NF4, tiles and a rest", 7, (34, 66), (3, None, 1), packed=True, tile=3),
+            _case("bias, tiles", 8, (20, 36), (2, 2, 2), bias=True, tile=4),
             _case("bias, dropout, gelu", 9, (20, 36), (2, 2, 2), activation="gelu", bias=True, dropout=0.5),
         ),
         roundings=8,  # gate, up and their low-rank parts, h, d_h, d_gate and d_up are each rounded on the way

@@ -21,7 +21,7 @@ from tiny import hf_config, random_tensors
 
 
 def decoder_of(hf: dict[str, Any] | None = None, quantization: str | None = None, **settings: Any) -> Decoder:
-    """A float32 decoder with `random_tensors(hf)`; `settings` are its attributes (remat, unroll)."""
+    """A float32 decoder with `random_tensors(hf)`; `settings` are its attributes (remat)."""
     hf = hf_config() if hf is None else hf
     decoder = build_decoder(
         decoder_config(hf), random_tensors(hf).__getitem__, dtype=jnp.float32, quantization=quantization

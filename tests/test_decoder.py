@@ -49,7 +49,7 @@ def test_logits_equal_torch(case, unroll):
     config = case_config(case)
     expected = load_file(VECTORS)[f"{case}/logits"]
     assert expected.std() > 0.3, "the case is degenerate"
-    logits = forward(decoder_of(config, unroll=unroll), case_tokens(config))
+    logits = forward(decoder_of(config, remat="none,unroll=all" if unroll else "none"), case_tokens(config))
     np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
@@ -151,9 +151,9 @@ def test_mixed_layers_scanned_equal_unrolled_and_cached(pattern):
     decoder = Decoder(with_windows(pattern), rngs=nnx.Rngs(1))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 11)), jnp.int32)
     scanned = hidden_states(decoder, tokens)
-    decoder.unroll = True
+    decoder.remat = "none,unroll=all"
     np.testing.assert_allclose(scanned, hidden_states(decoder, tokens), atol=1e-5)
-    decoder.unroll = False
+    decoder.remat = "none"
     np.testing.assert_allclose(scanned, through_cache(decoder, tokens, prefill=3), atol=1e-5)
     full = Decoder(with_windows("f" * len(pattern)), rngs=nnx.Rngs(1))
     assert np.abs(hidden_states(full, tokens) - scanned).max() > 1e-3, "the window does nothing"

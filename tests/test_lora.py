@@ -20,7 +20,7 @@ from llama_cases import CASES, FIRST, OTHERS, STEPS, adapter, case_config, case_
 from models import decoder_of, hidden_states, plain_batch, relative_l2, with_adapter
 from tiny import hf_config
 
-VARIANTS = ({"unroll": True}, {"remat": "full"})
+VARIANTS = ({"remat": "none,unroll=all"}, {"remat": "full"})
 VECTORS = Path(__file__).parent / "vectors" / "llama.safetensors"
 
 

@@ -166,6 +166,50 @@ def test_a_policy_that_keeps_gate_and_up_computes_no_product_again(saved: tuple[
     assert len(wide) == 6 + computed_again
 
 
+def mlp_loss(linears, **settings):
+    """(adapters, x) -> a loss of the MLP under `jax.checkpoint`, with the settings of `lora_mlp`."""
+    run = jax.checkpoint(lambda pairs, x: lora_mlp(x, **with_adapters(linears, pairs), **settings))
+    return lambda pairs, x: jnp.sum(jnp.sin(run(pairs, x)))
+
+
+@pytest.mark.parametrize("tile", [None, 2, 5])
+def test_an_mlp_that_keeps_only_its_input_has_the_same_gradients(tile: int | None) -> None:
+    x, linears = shared_input_linears()
+    (want_loss, want), (got_loss, got) = (
+        jax.jit(jax.value_and_grad(mlp_loss(linears, **settings), argnums=(0, 1)))(adapters(linears), x)
+        for settings in ({}, {"recompute": True, "tile": tile})
+    )
+    np.testing.assert_allclose(got_loss, want_loss, rtol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-5), got, want)
+
+
+def test_a_tiled_mlp_has_no_array_of_all_tokens_and_is_not_run_again_by_a_checkpoint() -> None:
+    x, linears = shared_input_linears()
+    wide = (x.shape[0], OUT)
+
+    def program(**settings):
+        return jax.make_jaxpr(jax.grad(mlp_loss(linears, **settings)))(adapters(linears), x)
+
+    def shapes(**settings) -> list[tuple[int, ...]]:
+        return [aval.shape for aval in all_avals(program(**settings))]
+
+    def wide_products(**settings) -> int:
+        equations = [e for e in all_equations(program(**settings)) if e.primitive.name == "dot_general"]
+        return sum(bool({v.aval.shape for v in e.invars} & {(OUT, IN), (IN, OUT)}) for e in equations)
+
+    assert wide not in shapes(recompute=True, tile=2)
+    assert wide in shapes(recompute=True), "the check finds nothing where there is something"
+    # Forward 3, gate and up again 2, their and down's input gradients 3: as with `jax.checkpoint` alone.
+    assert wide_products(recompute=True) == wide_products() == 8
+
+
+@pytest.mark.parametrize("tile", [0, 3])
+def test_a_tile_needs_recompute(tile: int) -> None:
+    x, linears = shared_input_linears()
+    with pytest.raises(ValueError, match=f"tile={tile} needs recompute"):
+        lora_mlp(x, **linears, tile=tile)
+
+
 def test_adapters_of_qkv_share_one_product_and_one_gradient_each_way() -> None:
     x, weight, lora_A, lora_B = arguments()
     one = LoraWeights(weight, None, lora_A, lora_B)

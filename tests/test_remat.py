@@ -16,6 +16,7 @@ from jaxpr_tools import all_equations, residual_avals
 from models import batch_of, decoder_of, random_examples, with_adapter
 
 EVERYTHING = LayerPolicy(everything=True)
+UNROLLED = EVERYTHING._replace(unroll=None)
 MIXED = "offload+attn_out,attn_lse,q,k,v,mid,gate,up*1"
 
 
@@ -33,13 +34,31 @@ def test_spellings(value, policy):
         ("mid, gate@host", [Span(0, 4, LayerPolicy(("mid",), ("gate",)))]),
         ("full*1 + none", [Span(0, 1, LayerPolicy()), Span(1, 4, EVERYTHING)]),
         ("full+none*4", [Span(0, 4, EVERYTHING)]),
+        ("offload,prefetch=0", [Span(0, 4, LayerPolicy(offloaded=("layer_input",), prefetch=0))]),
+        ("offload,tile=8", [Span(0, 4, LayerPolicy(offloaded=("layer_input",), tile=8))]),
+        ("mid,unroll=2+none,unroll=all*1", [Span(0, 3, LayerPolicy(("mid",), unroll=2)), Span(3, 4, UNROLLED)]),
     ],
 )
 def test_spans(policy, expected):
     assert spans(policy, 4) == tuple(expected)
 
 
-@pytest.mark.parametrize("policy", ["some", "full,none", "mid@disk", "full*x", "full+none", "", "full+"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "some",
+        "full,none",
+        "mid@disk",
+        "full*x",
+        "full+none",
+        "",
+        "full+",
+        "full,tile=0",
+        "full,unroll=x",
+        "gate,tile=4",
+        "block=2",
+    ],
+)
 def test_what_is_no_policy_is_refused(policy):
     with pytest.raises(JaxftError, match=r"use_gradient_checkpointing|remat"):
         parse_remat(policy)
@@ -55,6 +74,14 @@ def test_offloads():
     assert [remat.offloads(policy) for policy in ("none", "full", "offload", MIXED, "mid")] == [
         False,
         False,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_one_part_without_prefetching_decides_for_the_program():
+    assert [remat.prefetches(policy) for policy in ("offload", MIXED, "offload,prefetch=0+full*1")] == [
         True,
         True,
         False,

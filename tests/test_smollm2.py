@@ -100,11 +100,11 @@ def test_gradients_equal_peft_leaf_by_leaf(adapted, smollm2_gguf):
 def test_unrolled_equals_scanned(adapted):
     tokens = smollm2_tokens()
     scanned = mean_loss_gradients(adapted.decoder, plain_batch(tokens))
-    adapted.decoder.unroll = True
+    adapted.decoder.remat = "none,unroll=all"
     try:
         unrolled = mean_loss_gradients(adapted.decoder, plain_batch(tokens))
     finally:
-        adapted.decoder.unroll = False
+        adapted.decoder.remat = "none"
     assert max(relative_l2(unrolled[name], scanned[name]) for name in scanned) < 1e-5
 
 

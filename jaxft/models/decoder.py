@@ -42,6 +42,7 @@ class Block(nnx.Module):
         facts: LayerFacts,
         *,
         layer: jax.Array,
+        policy: LayerPolicy,
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
@@ -50,7 +51,8 @@ class Block(nnx.Module):
             self.input_layernorm(x_BTD), info, facts, layer=layer, cache=cache, dropout_key=dropout_key
         )
         normed_BTD, x_BTD = self.post_attention_layernorm.add(attended_BTD, x_BTD)
-        return x_BTD + self.mlp(normed_BTD, dropout_key), cache
+        mlp_BTD = self.mlp(normed_BTD, dropout_key, recompute=policy.recomputes_mlp, tile=policy.tile)
+        return x_BTD + mlp_BTD, cache
 
 
 class Segment(NamedTuple):
@@ -96,7 +98,6 @@ class Decoder(nnx.Module):
 
     Attributes:
       remat: what each layer keeps for the backward pass; see `jaxft.models.remat`.
-      unroll: run the layers as straight code instead of a scan (longer to compile, same values).
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,7 +113,6 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         self.remat = "none"
-        self.unroll = False
         self.model = Model(config, dtype=dtype, rngs=rngs)
         self.lm_head: Linear | None = nnx.data(None)
         if not config.tie_word_embeddings:
@@ -190,16 +190,18 @@ class Decoder(nnx.Module):
         """Frozen stacks are loop constants, read by layer index inside the body, so that nothing copies or saves a
         slice of them; trainable leaves are scanned over, so that their gradients come out stacked."""
         period = len(segment.pattern)
+        iterations = (segment.stop - segment.start) // period
+        unroll = min(-(-(segment.policy.unroll or iterations * period) // period), iterations)
         graphdef, trainable, frozen = nnx.split(self.model.layers, is_trainable, ...)
 
         def run_block(x, cache, trainable_layer, layer, facts):
             block = nnx.merge(graphdef, trainable_layer, at_layer(frozen, layer))
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
-            return block(x, info, facts, layer=layer, cache=cache, dropout_key=key)
+            return block(x, info, facts, layer=layer, policy=segment.policy, cache=cache, dropout_key=key)
 
         def body(carry, inputs):
             for facts, (layer, trainable_layer) in zip(segment.pattern, inputs, strict=True):
-                run = rematerialise(partial(run_block, facts=facts), segment.policy, in_scan=not self.unroll)
+                run = rematerialise(partial(run_block, facts=facts), segment.policy, in_scan=unroll < iterations)
                 carry = run(*carry, trainable_layer, layer)
             return carry, None
 
@@ -211,7 +213,7 @@ class Decoder(nnx.Module):
             return layers, jax.tree.map(lambda leaf: leaf[every], trainable)
 
         inputs = tuple(block_inputs(i) for i in range(period))
-        return jax.lax.scan(body, carry, inputs, unroll=self.unroll)[0]
+        return jax.lax.scan(body, carry, inputs, unroll=unroll)[0]
 
 
 def segment_positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

@@ -21,11 +21,21 @@ class MLP(nnx.Module):
         self.up_proj = Linear("up_proj", d, f, bias=bias, stack=stack, dtype=dtype, rngs=rngs)
         self.down_proj = Linear("down_proj", f, d, bias=bias, stack=stack, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        dropout_key: jax.Array | None = None,
+        *,
+        recompute: bool = False,
+        tile: int | None = None,
+    ) -> jax.Array:
+        """x [B, T, D] -> [B, T, D]; `recompute` and `tile` as of `pallas_kernels.lora_mlp`."""
         linears = (self.gate_proj, self.up_proj, self.down_proj)
         return pk.lora_mlp(
             x_BTD,
             *(linear.parameters(dropout_key) for linear in linears),
             activation=self.activation,
             dropout=dropout_rate(*linears),
+            recompute=recompute,
+            tile=tile,
         )

@@ -4,6 +4,12 @@ A policy is text. For one layer: "none" keeps everything, "full" keeps the layer
 host memory, and a list such as "attn_out,attn_lse,gate@host" keeps those names beside the input, the ones with @host in
 pinned host memory. Layers may differ: "offload+all*4" is "all" for the last four layers and "offload" for the rest.
 
+Beside names a list may hold "tile=2048", for an MLP that takes so many tokens at a time, so that its [tokens, F] arrays
+never exist whole, and "unroll=2", for so many layers as straight code in each iteration of the scan ("unroll=all": no
+scan; faster by the copies that a scan makes, longer to compile). "prefetch=0" fetches from host memory only once a layer
+begins, instead of all through the one before it: that spares the memory of what is fetched, and long rows, whose layers
+take much longer than the fetching, hardly notice.
+
 Every name that `jax.ad_checkpoint.checkpoint_name` gives anywhere in the forward pass is listed here.
 """
 
@@ -21,8 +27,10 @@ LAYER_INPUT = "layer_input"
 # In the order in which a layer makes them.
 CHECKPOINT_NAMES = (LAYER_INPUT, "q", "k", "v", "attn_out", "attn_lse", "mid", "gate", "up", "lora_low_rank")
 
-_LISTS = {"full": "", "offload": f"{LAYER_INPUT}@host", "all": ",".join(CHECKPOINT_NAMES)}
+_LISTS = {"full": (), "offload": (f"{LAYER_INPUT}@host",), "all": CHECKPOINT_NAMES}
 _HOST = "@host"
+_EVERYTHING = "none"  # as in "no rematerialisation"
+_SETTINGS = {"tile", "unroll", "prefetch"}
 
 
 class LayerPolicy(NamedTuple):
@@ -31,11 +39,22 @@ class LayerPolicy(NamedTuple):
     Attributes:
       kept, offloaded: names out of CHECKPOINT_NAMES, on the device and in pinned host memory.
       everything: no recomputation at all.
+      tile: tokens that the MLP takes at a time; None: all.
+      unroll: layers in an iteration of the scan; None: all of the span.
+      prefetch: layers ahead of their use that offloaded names are fetched, 0 or 1.
     """
 
     kept: tuple[str, ...] = ()
     offloaded: tuple[str, ...] = ()
     everything: bool = False
+    tile: int | None = None
+    unroll: int | None = 1
+    prefetch: int = 1
+
+    @property
+    def recomputes_mlp(self) -> bool:
+        """Whether nothing of the MLP is kept, so that its backward pass had better make all of it again itself."""
+        return not (self.everything or {"gate", "up"} & {*self.kept, *self.offloaded})
 
 
 class Span(NamedTuple):
@@ -85,6 +104,11 @@ def offloads(policy: str) -> bool:
     return any(layer_policy.offloaded for layer_policy, _ in _parts(policy))
 
 
+def prefetches(policy: str) -> bool:
+    """Whether what is in host memory is fetched a layer ahead; it is a choice for the whole program."""
+    return all(layer_policy.prefetch for layer_policy, _ in _parts(policy))
+
+
 def _parts(policy: str) -> list[tuple[LayerPolicy, int | None]]:
     """Each part with its number of layers; None, which at most one may have, is what the others leave."""
     parts = []
@@ -99,26 +123,41 @@ def _parts(policy: str) -> list[tuple[LayerPolicy, int | None]]:
 
 
 def _layer_policy(text: str, policy: str) -> LayerPolicy:
-    if text == "none":
-        return LayerPolicy(everything=True)
-    if not text:
+    items = [item.strip() for item in text.split(",")]
+    settings = {name: value for name, is_setting, value in (item.partition("=") for item in items) if is_setting}
+    names = [name for item in items if "=" not in item for name in _LISTS.get(item, (item,)) if item != _EVERYTHING]
+    if settings.get("prefetch", "1") not in ("0", "1"):
         raise _unknown(policy)
-    names = [name.strip() for name in _LISTS.get(text, text).split(",") if name.strip()]
-    unknown = {name.removesuffix(_HOST) for name in names} - set(CHECKPOINT_NAMES)
-    if unknown:
+    if not text or {name.removesuffix(_HOST) for name in names} - set(CHECKPOINT_NAMES) or set(settings) - _SETTINGS:
         raise _unknown(policy)
-    return LayerPolicy(
+    found = LayerPolicy(
         kept=tuple(name for name in names if not name.endswith(_HOST)),
         offloaded=tuple(name.removesuffix(_HOST) for name in names if name.endswith(_HOST)),
+        everything=_EVERYTHING in items,
+        tile=_positive(settings["tile"], policy) if "tile" in settings else None,
+        unroll=None if settings.get("unroll") == "all" else _positive(settings.get("unroll", "1"), policy),
+        prefetch=int(settings.get("prefetch", "1") != "0"),
     )
+    if found.everything and len(items) - len(settings) > 1:
+        raise JaxftError("remat", f"{policy!r} keeps everything, so names beside it mean nothing", "Leave them out")
+    if found.tile and not found.recomputes_mlp:
+        what = "what it keeps of the MLP would be kept for all tokens"
+        raise JaxftError("remat", f"{policy!r} has a tile, but {what}", "Leave tile or gate, up and none out")
+    return found
+
+
+def _positive(text: str, policy: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise _unknown(policy)
+    return int(text)
 
 
 def _unknown(policy: object) -> JaxftError:
-    known = ", ".join(("none", *_LISTS))
+    known, names = ", ".join((_EVERYTHING, *_LISTS)), ", ".join(CHECKPOINT_NAMES)
     return JaxftError(
         "use_gradient_checkpointing",
         f"{policy!r} is not known",
-        f"Choose one of {known}, or names out of {', '.join(CHECKPOINT_NAMES)}",
+        f"Choose one of {known}, or names out of {names}; tile=N, unroll=N and prefetch=0 may stand beside",
     )
 
 

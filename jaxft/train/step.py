@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 
 from jaxft.losses import LossOutput
 from jaxft.models.decoder import Decoder
+from jaxft.models.remat import offloads, prefetches
 
 LossFunction = Callable[[Decoder, Any], LossOutput]
 Step = Callable[[nnx.State, nnx.State, optax.OptState, Any], tuple[nnx.State, optax.OptState, dict[str, jax.Array]]]
@@ -24,17 +26,22 @@ _GPU_OPTIONS = {
     # activations takes 283 ms without them, and 332 with them.
     "xla_gpu_enable_dynamic_slice_fusion": False,
 }
-# What is offloaded is copied beside the computation, fetched one layer ahead, and never in a command buffer, which has
-# one stream: of 46 ms of copies in a step of 2 x 2048 tokens 2 are not hidden (without these options 40).
+# What is offloaded is copied beside the computation, and never in a command buffer, which has one stream, so those hold
+# kernels only: of 46 ms of copies in a step of 2 x 2048 tokens 2 are not hidden (without these options 40). Without any
+# command buffers the step takes 350 ms instead of 345.
 _OFFLOAD_OPTIONS = {
-    "xla_gpu_enable_command_buffer": "",
-    "xla_gpu_enable_pipelined_host_offloading": True,
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN",
     "xla_gpu_enable_latency_hiding_scheduler": True,
+}
+# Fetched one layer ahead, from that layer's start on.
+_PREFETCH_OPTIONS = {
+    "xla_gpu_enable_pipelined_host_offloading": True,
+    "xla_gpu_pgle_profile_file_or_directory_path": str(Path(__file__).with_name("host_copies.pbtxt")),
 }
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, loss: LossFunction, tx: optax.GradientTransformation, *, offloads: bool = False
+    graphdef: nnx.GraphDef, loss: LossFunction, tx: optax.GradientTransformation, *, remat: str = "none"
 ) -> Step:
     """The jitted step; `trainable` and `opt_state` are donated.
 
@@ -42,7 +49,7 @@ def make_train_step(
       graphdef: of the Decoder, from `jaxft.models.labels.split`.
       loss: (decoder, micro-batch) -> (sum, weight, sums of metrics).
       tx: applied to the trainable leaves.
-      offloads: the Decoder's remat policy moves activations to host memory (`jaxft.models.remat.offloads`).
+      remat: the Decoder's policy: one that moves activations to host memory is compiled with other options.
 
     Returns:
       step(trainable, frozen, opt_state, batch): every leaf of `batch` has a leading [A], the micro-batches that are
@@ -75,10 +82,12 @@ def make_train_step(
         metrics = {**sums, "loss": sums["loss"] / weight, "grad_norm": optax.tree.norm(grads)}
         return trainable, opt_state, metrics
 
-    return jax.jit(step, donate_argnums=(0, 2), compiler_options=_compiler_options(offloads))
+    return jax.jit(step, donate_argnums=(0, 2), compiler_options=_compiler_options(remat))
 
 
-def _compiler_options(offloads: bool) -> dict[str, Any] | None:
+def _compiler_options(remat: str) -> dict[str, Any] | None:
     if jax.default_backend() != "gpu":
         return None
-    return _GPU_OPTIONS | (_OFFLOAD_OPTIONS if offloads else {})
+    if not offloads(remat):
+        return _GPU_OPTIONS
+    return _GPU_OPTIONS | _OFFLOAD_OPTIONS | (_PREFETCH_OPTIONS if prefetches(remat) else {})

@@ -18,7 +18,7 @@ from flax import nnx
 
 from jaxft import console
 from jaxft.errors import JaxftError
-from jaxft.models import labels, remat
+from jaxft.models import labels
 from jaxft.models.decoder import Decoder
 from jaxft.train.metrics import MetricsLog, plot_loss
 from jaxft.train.step import LossFunction, make_train_step
@@ -91,7 +91,7 @@ def run(
     kinds = set(jax.tree.leaves(labels.labels(trainable)))
     tx = optax.partition(dict.fromkeys(kinds, tx), labels.labels)
     opt_state = tx.init(trainable)
-    step_function = make_train_step(graphdef, loss, tx, offloads=remat.offloads(decoder.remat))
+    step_function = make_train_step(graphdef, loss, tx, remat=decoder.remat)
     log = MetricsLog(output_dir / "metrics.jsonl")
     rows: list[dict[str, Any]] = []
     step, clock = 0, _Clock()
