@@ -22,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxft import lora, losses, optim
+from jaxft import console, lora, losses, optim
 from jaxft.data.batch import Batch
-from jaxft.models import labels
+from jaxft.models import labels, remat
 from jaxft.models.config import DecoderConfig, RopeConfig
 from jaxft.models.decoder import Decoder, abstract_decoder
 from jaxft.models.params import is_quantizable, parameters
 from jaxft.quant.nf4 import NF4Tensor
+from jaxft.train import auto_remat
 from jaxft.train.step import make_train_step
 from pallas_kernels import nf4
 from pallas_kernels.timing import busy, device_events
@@ -108,15 +109,17 @@ def prepare(arguments: argparse.Namespace, rows: int, length: int, record: dict[
     start = time.perf_counter()
     decoder = random_decoder(config, arguments.quant)
     lora.attach(decoder, lora.LoraConfig(r=16), key=jax.random.key(0), dtype=jnp.dtype(arguments.lora_dtype))
-    decoder.remat = arguments.remat
-    graphdef, trainable, frozen = labels.split(decoder)
+    _, trainable, frozen = labels.split(decoder)
     jax.block_until_ready((trainable, frozen))
     record |= {"load_s": round(time.perf_counter() - start, 1), "after_load_gib": memory("bytes_in_use")}
     tx = optim.optimizer(arguments.optim, 1e-3)
     opt_state, batch = tx.init(trainable), random_batch(config, rows, length)
     start = time.perf_counter()
-    step = make_train_step(graphdef, losses.sft, tx, remat=arguments.remat)
-    step = step.lower(trainable, frozen, opt_state, batch).compile()
+    inputs = (trainable, frozen, opt_state, batch)
+    if arguments.remat == remat.AUTO:
+        step = choose(decoder, tx, inputs, rows, length, arguments.budget_gib, record)
+    else:
+        step = compiled(decoder, tx, inputs, arguments.remat)
     analysis = step.memory_analysis()
     record |= {
         "compile_s": round(time.perf_counter() - start, 1),
@@ -124,6 +127,27 @@ def prepare(arguments: argparse.Namespace, rows: int, length: int, record: dict[
         "host_gib": round(analysis.host_temp_size_in_bytes / GIB, 3),
     }
     return Prepared(step, [trainable, opt_state], frozen, batch)
+
+
+def compiled(decoder: Decoder, tx: Any, inputs: Any, policy: str) -> Any:
+    """The step of one policy."""
+    decoder.remat = policy
+    step: Any = make_train_step(labels.split(decoder)[0], losses.sft, tx, remat=policy)
+    return step.lower(*inputs).compile()
+
+
+def choose(
+    decoder: Decoder, tx: Any, inputs: Any, rows: int, length: int, budget_gib: float | None, record: dict[str, Any]
+) -> Any:
+    """The step of the fastest policy that fits; the choice goes into the record."""
+    budget = auto_remat.device_budget() if budget_gib is None else int(budget_gib * GIB)
+    if budget is None:
+        raise SystemExit("--remat auto needs --budget-gib on a CPU")
+    compile_step = functools.partial(compiled, decoder, tx, inputs)
+    decision = auto_remat.choose(decoder, tx, compile_step, rows=rows, length=length, budget=budget)
+    console.console.print(decision.table)
+    record |= {"remat": decision.policy, "budget_gib": budget / GIB, "auto": True}
+    return decision.step
 
 
 def run_step(prepared: Prepared) -> dict[str, jax.Array]:
@@ -155,7 +179,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
     parser.add_argument("--quant", choices=("nf4", "none"), default="nf4")
     parser.add_argument("--shape", default="2x2048", help="rows x tokens")
-    parser.add_argument("--remat", default="offload", help="a policy of jaxft.models.remat")
+    parser.add_argument("--remat", default="offload", help="a policy of jaxft.models.remat, or auto")
+    parser.add_argument("--budget-gib", type=float, help="of --remat auto; what the device has if not given")
     parser.add_argument("--lora-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--optim", choices=("adamw", "adamw_8bit"), default="adamw_8bit")
     parser.add_argument("--warmup", type=int, default=3)

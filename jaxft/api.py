@@ -23,6 +23,7 @@ from jaxft import console, lora
 from jaxft.errors import JaxftError
 from jaxft.files import prepare_output_dir
 from jaxft.generate import Sampling, generate
+from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
 from jaxft.models.labels import split
 from jaxft.models.remat import parse_remat
@@ -325,6 +326,19 @@ def default_dtype() -> DTypeLike:
             "Run on a newer GPU, or on the CPU with JAX_PLATFORMS=cpu",
         )
     return jnp.bfloat16
+
+
+def checkpoint_config(name: str | Path) -> DecoderConfig:
+    """The decoder's facts of a checkpoint (folder, file or hub name), without its weights.
+
+    Raises:
+      JaxftError: it cannot be found or read.
+    """
+    from converters.archs import arch_of
+    from converters.open import open_checkpoint
+
+    config = open_checkpoint(name).config
+    return arch_of(config.get("model_type"), str(name)).decoder_config(config, str(name))
 
 
 def check_gguf_quantizations(methods: Sequence[str]) -> None:

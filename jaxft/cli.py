@@ -1,4 +1,4 @@
-"""`jaxft sft`, `jaxft generate`, `jaxft demo`: the Python API's own dataclasses as flags.
+"""`jaxft sft`, `jaxft generate`, `jaxft plan`, `jaxft demo`: the Python API's own dataclasses as flags.
 
 A YAML file given by ``--config`` holds the same names as the flags (``learning_rate: 1e-3``); flags win over it.
 """
@@ -9,16 +9,22 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from json import dumps as to_json
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
 from jaxft import demo as demo_module
-from jaxft.api import FastLanguageModel, LanguageModel, SaveMethod, check_gguf_quantizations
-from jaxft.console import run_command
+from jaxft.api import FastLanguageModel, LanguageModel, SaveMethod, check_gguf_quantizations, checkpoint_config
+from jaxft.compilation_cache import enable_compilation_cache
+from jaxft.console import console, run_command, table
 from jaxft.errors import JaxftError
 from jaxft.lora import LoraConfig
+from jaxft.models.remat import parse_remat
+from jaxft.optim import Optimizer, optimizer
+from jaxft.plan import abstract_model
+from jaxft.plan import plan as memory_plan
 from jaxft.train.sft import SFTConfig, SFTTrainer
 
 
@@ -51,7 +57,7 @@ class AdapterConfig(LoraConfig):
       lora_dropout: probability of dropping a value of the adapter's input in training.
       target_modules: names of the linears to adapt.
       use_rslora: scale by 1/sqrt(r) instead of 1/r.
-      use_gradient_checkpointing: what a layer keeps for its backward pass: none, full, offload.
+      use_gradient_checkpointing: what a layer keeps for its backward pass: auto, none, full, offload, or names.
       random_state: seed of the initial values.
     """
 
@@ -129,6 +135,40 @@ def generate(
         print(text)
 
 
+def plan(
+    model: str,
+    batch: int = 2,
+    seq: int = 2048,
+    quantization: Literal["nf4", "none"] = "nf4",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    r: int = 16,
+    optim: Optimizer = "adamw_8bit",
+    remat: str = "offload",
+    json: bool = False,
+) -> None:
+    """Print what a LoRA step would need of a GPU's memory, part by part; needs no GPU and reads no weights.
+
+    Args:
+      model: a folder, file or hub name of a checkpoint; only its configuration is used.
+      batch: rows of a micro-batch.
+      seq: tokens a row.
+      quantization: of the linears of the layers.
+      dtype: of activations and of what is not quantized.
+      r: rank of the adapters, on all linears.
+      optim: the optimizer.
+      remat: the policy, as of use_gradient_checkpointing.
+      json: print bytes as one JSON line instead of a table.
+    """
+    decoder = abstract_model(
+        checkpoint_config(model), dtype, LoraConfig(r=r), None if quantization == "none" else quantization
+    )
+    found = memory_plan(decoder, optimizer(optim, 1e-4), rows=batch, length=seq, remat=parse_remat(remat))
+    if json:
+        print(to_json({**found._asdict(), "peak": found.peak}))
+    else:
+        console.print(table(f"{model}: {batch} x {seq} tokens, remat {remat}", ("part", "GiB"), found.rows()))
+
+
 def demo(output_dir: Path = Path("demo_output"), overwrite: bool = True) -> None:
     """Fine-tune a packaged 135M model on a verifiable task, measure it before and after, and export it.
 
@@ -145,8 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> None:
+    enable_compilation_cache()
     tyro.extras.subcommand_cli_from_dict(
-        {"sft": sft, "generate": generate, "demo": demo},
+        {"sft": sft, "generate": generate, "plan": plan, "demo": demo},
         args=expand_config(argv),
         prog="jaxft",
         description="Fine-tune language models in JAX: exact LoRA and QLoRA, and everything around it. "

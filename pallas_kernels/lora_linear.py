@@ -279,17 +279,20 @@ def parameter_cotangents(
         d_weight = einsum_float32("to,ti->oi", g, x) if train and x is not None else None
         d_bias = None if linear.bias is None else jnp.sum(g.astype(jnp.float32), axis=0)
         d_B = None if low_i is None else einsum_float32("to,tr->or", g, low_i)
-        found.append(LoraWeights(d_weight, d_bias, d_A_i, d_B, scale=None, dropout_key=None))
+        found.append(LoraWeights._make((d_weight, d_bias, d_A_i, d_B, None, None)))
     return tuple(found)
 
 
 def like_parameters(gradients: Sequence[LoraWeights], linears: Sequence[LoraWeights]) -> tuple[LoraWeights, ...]:
     """Every gradient in its parameter's own dtype."""
 
-    def like(gradient: jax.Array | None, parameter: Any) -> jax.Array | None:
+    def like(gradient: Any, parameter: Any) -> Any:
         return None if gradient is None else gradient.astype(parameter.dtype)
 
-    return tuple(LoraWeights._make(map(like, *pair)) for pair in zip(gradients, linears, strict=True))
+    return tuple(
+        LoraWeights._make([like(gradient, parameter) for gradient, parameter in zip(*pair, strict=True)])
+        for pair in zip(gradients, linears, strict=True)
+    )
 
 
 def _d_A(

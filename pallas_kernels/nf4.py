@@ -29,6 +29,7 @@ from pallas_kernels.op import Case, Choice, Implementation, Op, normal, register
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 BYTES_PER_WORD = 4  # kernels read codes as int32
+_PARTS = 32  # how many values one step of a sum adds up
 
 # Quantiles of the standard normal distribution, normalised to [-1, 1] with an exact 0 (appendix E of the paper).
 QUANT_MAP = np.array(
@@ -90,22 +91,50 @@ def quantize(
     double_quantization: bool = True,
     block_size: int = BLOCK_SIZE,
     nested_block_size: int = NESTED_BLOCK_SIZE,
+    implementation: str | None = None,
 ) -> QuantizedArrays:
-    """Quantizes a weight [out, in] of any float dtype; may be jitted.
+    """Quantizes a weight [out, in] of any float dtype, compiled once a shape; the same bits under jit and vmap.
 
     Raises:
       ValueError: w is not a matrix, or has an odd number of columns (two values share a byte).
+      ImplementationError: the named implementation does not exist.
     """
     if w.ndim != 2 or w.shape[1] % 2:
         raise ValueError(f"nf4.quantize: needs a matrix with an even number of columns, not {w.shape}")
+    return NF4_QUANTIZE(
+        w,
+        double_quantization=double_quantization,
+        block_size=block_size,
+        nested_block_size=nested_block_size,
+        implementation=implementation,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("double_quantization", "block_size", "nested_block_size"))
+def _quantize_reference(
+    w: jax.Array,
+    *,
+    double_quantization: bool = True,
+    block_size: int = BLOCK_SIZE,
+    nested_block_size: int = NESTED_BLOCK_SIZE,
+) -> QuantizedArrays:
     codes, absmax = _quantize_blocks(w.astype(jnp.float32).reshape(-1), QUANT_MAP, block_size)
-    codes = codes.reshape(w.shape[0], -1, 2)
-    packed = codes[..., 0] << 4 | codes[..., 1]
+    packed = jnp.sum(codes.reshape(w.shape[0], -1, 2) * jnp.array([16, 1], jnp.uint8)[None, None], -1, jnp.uint8)
     if not double_quantization:
         return QuantizedArrays(packed, absmax, None, None)
-    offset = jnp.mean(absmax)
+    offset = _mean(absmax)
     absmax_codes, nested_absmax = _quantize_blocks(absmax - offset, NESTED_QUANT_MAP, nested_block_size)
     return QuantizedArrays(packed, absmax_codes, nested_absmax, offset)
+
+
+def _mean(values: jax.Array) -> jax.Array:
+    """The mean of float32 [n] >= 0, summed in one order whatever it is compiled with: `jnp.mean`'s order varies."""
+    sums = values
+    while sums.shape[0] > 1:
+        parts = _blocks(sums, _PARTS).reshape(_PARTS, -1)
+        sums = functools.reduce(jnp.add, [parts[i] for i in range(_PARTS)])
+    # XLA would contract the product with 1 / n and the subtraction that follows (see `_absmax`).
+    return jnp.clip(sums[0] / values.shape[0], 0, jnp.finfo(jnp.float32).max)
 
 
 def _blocks(values: jax.Array, block_size: int) -> jax.Array:
@@ -123,10 +152,16 @@ def _quantize_blocks(values: jax.Array, quant_map: np.ndarray, block_size: int) 
     scaled = blocks * (1 / divisor)
     if size % block_size:
         scaled = scaled.at[-1].set(blocks[-1] / divisor[-1])
+    return _nearest(scaled.reshape(-1)[:size], quant_map), absmax
+
+
+def _nearest(values: jax.Array, quant_map: np.ndarray) -> jax.Array:
+    """uint8 [n]: how many midpoints of the ascending map lie below each value."""
     midpoints = (quant_map[:-1] + quant_map[1:]) / np.float32(2)
-    method = "compare_all" if len(quant_map) <= 16 else "scan"
-    indices = jnp.searchsorted(midpoints, scaled.reshape(-1)[:size], method=method)
-    return indices.astype(jnp.uint8), absmax
+    if len(midpoints) > 15:
+        return jnp.searchsorted(midpoints, values, method="scan").astype(jnp.uint8)
+    # One fused pass: searchsorted would make an int32 array of the weight's size.
+    return functools.reduce(jnp.add, [(values > midpoint).astype(jnp.uint8) for midpoint in midpoints])
 
 
 def dequantize(
@@ -387,6 +422,28 @@ NF4_DEQUANTIZE = register(
             _case("layer of a stack", (16, 2048), layers=3),
             _case("partial blocks", (5, 1026)),
             _case("not double-quantized", (12, 192), double_quantization=False),
+        ),
+    )
+)
+
+
+def _quantize_case(name: str, shape: tuple[int, int], *, double_quantization: bool = True) -> Case:
+    def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
+        return {"w": normal(rng, shape, dtype), "double_quantization": double_quantization}
+
+    return Case(name, make, reduction=shape[0] * shape[1] // BLOCK_SIZE)
+
+
+NF4_QUANTIZE = register(
+    Op(
+        name="nf4_quantize",
+        replaces="a search for every value",
+        saves="an int32 array of the weight's size",
+        implementations={"xla": Implementation(_quantize_reference)},
+        cases=(
+            _quantize_case("several nested blocks", (33, 514)),
+            _quantize_case("partial blocks", (5, 50)),
+            _quantize_case("not double-quantized", (12, 192), double_quantization=False),
         ),
     )
 )

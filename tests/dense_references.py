@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.adamw_8bit import SIGNED_MAP, UNSIGNED_MAP
-from pallas_kernels.nf4 import NESTED_QUANT_MAP, QUANT_MAP
+from pallas_kernels.nf4 import NESTED_QUANT_MAP, QUANT_MAP, QuantizedArrays
 
 
 def rms_norm(x, weight, *, eps, weight_offset):
@@ -148,6 +148,22 @@ def nf4_dequantize(codes, absmax, nested_absmax, nested_offset, layer, dtype):
         absmax = jnp.asarray(NESTED_QUANT_MAP, scales.dtype)[absmax] * scales + nested_offset
     values = jnp.asarray(QUANT_MAP, absmax.dtype)[jnp.stack([codes // 16, codes % 16], axis=-1)]
     return values.reshape(codes.shape[0], -1) * jnp.repeat(absmax, 64)[: values.size].reshape(codes.shape[0], -1)
+
+
+def nf4_quantize(w, double_quantization):
+    def nearest(values, quant_map, size):
+        blocks = jnp.pad(values, (0, -values.size % size)).reshape(-1, size)
+        absmax = jnp.max(jnp.abs(blocks), axis=1)
+        scaled = (blocks / jnp.where(absmax == 0, 1, absmax)[:, None]).reshape(-1)[: values.size]
+        midpoints = (quant_map[:-1] + quant_map[1:]).astype(w.dtype) / 2
+        return jnp.searchsorted(midpoints, scaled).astype(jnp.uint8), absmax
+
+    codes, absmax = nearest(w.reshape(-1), QUANT_MAP, 64)
+    codes = codes[::2].reshape(w.shape[0], -1) * 16 + codes[1::2].reshape(w.shape[0], -1)
+    if not double_quantization:
+        return QuantizedArrays(codes, absmax, None, None)
+    offset = jnp.mean(absmax)
+    return QuantizedArrays(codes, *nearest(absmax - offset, NESTED_QUANT_MAP, 256), offset)
 
 
 def grouped_matmul(x, weight, group_sizes, lora_A, lora_B, *, scale):

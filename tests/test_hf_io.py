@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -21,7 +24,9 @@ from converters.load import check, load_decoder
 from converters.open import format_of, is_adapter, open_checkpoint, resolve
 from converters.safetensors_io import SafetensorsFile, write_safetensors
 from jaxft.errors import JaxftError
-from jaxft.models.params import tensor_views
+from jaxft.models import params
+from jaxft.models.config import DecoderConfig
+from jaxft.models.params import build_decoder, expected_tensors, tensor_views
 from tiny import hf_config, random_tensors
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -431,3 +436,27 @@ def test_transformers_loads_what_we_write(mixed_dir: Path, tmp_path: Path, max_s
     for name, array in stream(source):
         np.testing.assert_array_equal(state[name].numpy(), array.astype(np.float32))
     assert AutoTokenizer.from_pretrained(out)("2 plus 3")["input_ids"]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_a_decoder_is_built_in_place_layers_first(quantization: str | None, tiny_config: DecoderConfig):
+    """Live arrays never exceed the finished parameters while tensors are read, and a stack is written in place."""
+    rng, order, live = np.random.default_rng(0), [], []
+    before = sum(array.nbytes for array in jax.live_arrays())
+
+    def read(name: str) -> np.ndarray:
+        order.append(name)
+        live.append(sum(array.nbytes for array in jax.live_arrays()) - before)
+        return rng.standard_normal(expected_tensors(tiny_config)[name], np.float32)
+
+    decoder = build_decoder(tiny_config, read, dtype=jnp.float32, quantization=quantization)
+    finished = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(decoder)))
+    assert max(live) < finished
+    layers = [".layers." in name for name in order]
+    assert layers == sorted(layers, reverse=True)
+    stacked = jax.ShapeDtypeStruct((3, 64, 64), jnp.uint8)
+    layer = jax.ShapeDtypeStruct((64, 64), jnp.uint8)
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    analysis = params._set_layer.lower(stacked, layer, index).compile().memory_analysis()
+    assert analysis.alias_size_in_bytes == 3 * 64 * 64
+    assert analysis.temp_size_in_bytes < layer.size

@@ -25,8 +25,8 @@ WITHOUT_REMAT = {
     "gated_activation_backward": 1,
     "linear_cross_entropy_kernel": 1,
 }
-# The layer's forward pass again, up to the MLP's input: the MLP's backward pass decodes each of its weights once, also to
-# make gate and up again, and what down_proj gave nobody needs.
+# The layer's forward pass again, up to the MLP's input: the MLP's backward pass decodes each of its weights once, also
+# to make gate and up again, and what down_proj gave nobody needs.
 RECOMPUTED = {
     "nf4_dequantize": 4,
     "rms_norm_forward": 1,

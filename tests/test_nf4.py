@@ -13,6 +13,7 @@ from safetensors.flax import load_file
 
 from jaxft.errors import JaxftError
 from jaxft.quant import QUANTIZATIONS, NF4Tensor, QTensor
+from jaxpr_tools import all_equations
 from pallas_kernels import ImplementationError, nf4
 
 VECTORS = Path(__file__).parent / "vectors" / "nf4.safetensors"
@@ -109,6 +110,21 @@ def test_quantize_is_deterministic_and_refuses_odd_columns() -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.jit(nf4.quantize)(w), jax.jit(nf4.quantize)(w))
     with pytest.raises(ValueError, match="even number of columns"):
         nf4.quantize(normal(4, 5))
+
+
+@pytest.mark.parametrize("shape", [(33, 514), (5, 50)])
+def test_quantize_gives_the_same_bits_eager_jitted_and_under_vmap(shape: tuple[int, int]) -> None:
+    weights = jnp.stack([normal(*shape, seed=seed) for seed in range(3)])
+    eager = jax.tree.map(lambda *arrays: jnp.stack(arrays), *[nf4.quantize(w) for w in weights])
+    jax.tree.map(np.testing.assert_array_equal, eager, jax.jit(jax.vmap(nf4.quantize))(weights))
+    jax.tree.map(np.testing.assert_array_equal, eager, jax.lax.map(nf4.quantize, weights))
+
+
+def test_quantize_makes_no_wide_integers_of_the_weights_size() -> None:
+    w = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
+    arrays = [v.aval for e in all_equations(jax.make_jaxpr(nf4.quantize)(w)) for v in e.outvars]
+    large = [a.dtype for a in arrays if getattr(a, "size", 0) >= w.size and jnp.issubdtype(a.dtype, jnp.integer)]
+    assert set(large) == {jnp.dtype(jnp.uint8)}
 
 
 @pytest.mark.parametrize("double_quantization", [True, False])

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -22,6 +23,7 @@ from jaxft import FastLanguageModel, LanguageModel, SFTConfig, SFTTrainer
 from jaxft.data.chat import tokenize_row
 from jaxft.data.formats import read_rows
 from jaxft.errors import JaxftError
+from jaxft.train import trainer
 from jaxft.train.trainer import TrainResult, TrainState
 from language_models import adapter_of, loaded, logits_of, sums
 from models import relative_l2
@@ -89,6 +91,27 @@ def test_a_run(model: LanguageModel, tmp_path: Path):
         assert all((earlier[name] != later[name]).any() for name in final)
     for name, array in states[-1][2].items():
         np.testing.assert_array_equal(final[name], array)
+
+
+def test_remat_auto_takes_what_fits_and_changes_no_loss(tiny_hf_dir: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
+    plain = train(fresh(tiny_hf_dir), tmp_path / "plain")
+    model = FastLanguageModel.get_peft_model(loaded(tiny_hf_dir), r=4, use_gradient_checkpointing="auto")
+    assert np.isfinite(logits_of(model)).all(), "before there is a choice"
+    chosen = train(model, tmp_path / "auto", memory_budget_gib=1)
+    assert "chosen" in capsys.readouterr().err
+    assert model.decoder.remat == "all,unroll=all"
+    losses = [[row["loss"] for row in result.rows] for result in (plain, chosen)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_too_little_memory_at_run_time_names_the_part_and_the_setting(model, tmp_path, monkeypatch):
+    def step(*arguments: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
+
+    monkeypatch.setattr(trainer, "make_train_step", lambda *arguments, **settings: step)
+    with pytest.raises(JaxftError, match=r"2 x 64 tokens: ran out of device memory.* is working set, .*'none'.*tiles"):
+        train(model, tmp_path / "run")
 
 
 def test_steps_epochs_and_the_learning_rate(model: LanguageModel, tmp_path: Path):

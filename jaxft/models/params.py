@@ -6,7 +6,8 @@ A parameter path is the HF name without the layer's number: ``model.layers.mlp.u
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder, abstract_decoder
 from jaxft.quant import QUANTIZATIONS, QTensor
@@ -64,13 +66,21 @@ def expected_tensors(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def build_decoder(
-    config: DecoderConfig, read: Callable[[str], np.ndarray], *, dtype: DTypeLike, quantization: str | None = None
+    config: DecoderConfig,
+    read: Callable[[str], np.ndarray | QTensor],
+    *,
+    dtype: DTypeLike,
+    quantization: str | None = None,
 ) -> Decoder:
-    """A Decoder from tensors under HF names.
+    """A Decoder from tensors under HF names, never holding more than the finished parameters and one tensor.
+
+    Stacks are allocated once and written in place, a layer at a time, and the layers come before embedding and head:
+    the passing copies of a layer's weight then never meet the largest tensors.
 
     Args:
       config: the decoder's facts.
-      read: called once for each name of `expected_tensors`; its array is cast to `dtype`.
+      read: called once for each name of `expected_tensors`; its array is cast to `dtype`. A weight that is quantized
+        already comes as a QTensor and stays as it is.
       dtype: of every parameter that is not quantized.
       quantization: a name in `QUANTIZATIONS` for the weights of the layers' linears, quantized one layer at a time from
         the tensor as it was read; embedding, norms and head stay in `dtype`. None: nothing is quantized.
@@ -79,15 +89,38 @@ def build_decoder(
     quantize = QUANTIZATIONS[quantization].quantize if quantization else None
 
     def load(name: str, quantized: bool) -> jax.Array | QTensor:
-        array = read(name)
-        return quantize(jnp.asarray(array)) if quantized and quantize else jnp.asarray(array, dtype)
+        value = read(name)
+        if isinstance(value, QTensor):
+            return value
+        return quantize(jnp.asarray(value)) if quantized and quantize else jnp.asarray(value, dtype)
 
-    for path, variable in parameters(decoder):
-        quantized = is_quantizable(path)
-        values = [load(name, quantized) for name in hf_names(path, config.num_hidden_layers)]
-        variable.set_value(stack(values) if LAYERS in path else values[0])
+    for path, variable in sorted(parameters(decoder), key=lambda item: LAYERS not in item[0]):
+        names = hf_names(path, config.num_hidden_layers)
+        values = (load(name, is_quantizable(path)) for name in names)
+        variable.set_value(_stack_one_by_one(names, values) if LAYERS in path else next(values))
     nnx.update(decoder, nnx.from_flat_state(parameters(decoder)))
     return decoder
+
+
+def _stack_one_by_one(names: list[str], values: Iterator[Any]) -> Any:
+    """`stack` of values of one kind, each of which is let go before the next one is made."""
+    stacked, structure = None, None
+    for index, name in enumerate(names):
+        value = next(values)
+        if stacked is None:
+            structure = jax.tree.structure(value)
+            stacked = jax.tree.map(lambda leaf: jnp.zeros((len(names), *leaf.shape), leaf.dtype), value)
+        elif jax.tree.structure(value) != structure:
+            raise JaxftError(f"tensor {name}", f"is quantized in another way than {names[0]}")
+        stacked = jax.block_until_ready(_set_layer(stacked, value, jnp.int32(index)))
+        del value
+    return stacked
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_layer(stacked: Any, value: Any, layer: jax.Array) -> Any:
+    """`stacked` with `value` at index `layer` of every array, written in place."""
+    return jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, layer, 0), stacked, value)
 
 
 def is_quantizable(path: tuple[Any, ...]) -> bool:

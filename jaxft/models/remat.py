@@ -6,8 +6,8 @@ pinned host memory. Layers may differ: "offload+all*4" is "all" for the last fou
 
 Beside names a list may hold "tile=2048", for an MLP that takes so many tokens at a time, so that its [tokens, F] arrays
 never exist whole, and "unroll=2", for so many layers as straight code in each iteration of the scan ("unroll=all": no
-scan; faster by the copies that a scan makes, longer to compile). "prefetch=0" fetches from host memory only once a layer
-begins, instead of all through the one before it: that spares the memory of what is fetched, and long rows, whose layers
+scan; faster by the copies that a scan makes, longer to compile). "prefetch=0" fetches from host memory only once a
+layer begins, instead of in the one before it: that spares the memory of what is fetched, and long rows, whose layers
 take much longer than the fetching, hardly notice.
 
 Every name that `jax.ad_checkpoint.checkpoint_name` gives anywhere in the forward pass is listed here.
@@ -24,6 +24,7 @@ import jax
 from jaxft.errors import JaxftError
 
 LAYER_INPUT = "layer_input"
+AUTO = "auto"  # the trainer chooses (`jaxft.train.auto_remat`); where nothing trains it means "full"
 # In the order in which a layer makes them.
 CHECKPOINT_NAMES = (LAYER_INPUT, "q", "k", "v", "attn_out", "attn_lse", "mid", "gate", "up", "lora_low_rank")
 
@@ -75,7 +76,8 @@ def parse_remat(value: str | bool | None) -> str:
     policy = spellings.get(value, value)
     if not isinstance(policy, str):
         raise _unknown(policy)
-    _parts(policy)
+    if policy != AUTO:
+        _parts(policy)
     return policy
 
 
@@ -112,7 +114,7 @@ def prefetches(policy: str) -> bool:
 def _parts(policy: str) -> list[tuple[LayerPolicy, int | None]]:
     """Each part with its number of layers; None, which at most one may have, is what the others leave."""
     parts = []
-    for text in policy.split("+"):
+    for text in ("full" if policy == AUTO else policy).split("+"):
         names, star, count = text.strip().partition("*")
         if star and not count.strip().isdigit():
             raise _unknown(policy)
@@ -153,7 +155,7 @@ def _positive(text: str, policy: str) -> int:
 
 
 def _unknown(policy: object) -> JaxftError:
-    known, names = ", ".join((_EVERYTHING, *_LISTS)), ", ".join(CHECKPOINT_NAMES)
+    known, names = ", ".join((AUTO, _EVERYTHING, *_LISTS)), ", ".join(CHECKPOINT_NAMES)
     return JaxftError(
         "use_gradient_checkpointing",
         f"{policy!r} is not known",

@@ -58,6 +58,7 @@ class SFTConfig:
       max_seq_length: tokens in a row; None takes the model's.
       assistant_only_loss: learn the assistant's turns only.
       on_overlong: what becomes of rows over max_seq_length.
+      memory_budget_gib: what use_gradient_checkpointing="auto" may use of the device; None is what it has.
     """
 
     output_dir: str = "outputs"
@@ -82,6 +83,7 @@ class SFTConfig:
     max_seq_length: int | None = None
     assistant_only_loss: bool = True
     on_overlong: OnOverlong = "error"
+    memory_budget_gib: float | None = None
 
     def __post_init__(self) -> None:
         if self.logging_steps < 1:
@@ -159,6 +161,7 @@ class SFTTrainer:
             output_dir=output_dir,
             logging_steps=args.logging_steps,
             callbacks=self.callbacks,
+            memory_budget_gib=args.memory_budget_gib,
         )
 
     def evaluate(self, dataset: Rows | None = None) -> dict[str, float]:

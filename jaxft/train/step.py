@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,11 +32,7 @@ _OFFLOAD_OPTIONS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN",
     "xla_gpu_enable_latency_hiding_scheduler": True,
 }
-# Fetched one layer ahead, from that layer's start on.
-_PREFETCH_OPTIONS = {
-    "xla_gpu_enable_pipelined_host_offloading": True,
-    "xla_gpu_pgle_profile_file_or_directory_path": str(Path(__file__).with_name("host_copies.pbtxt")),
-}
+_PREFETCH_OPTIONS = {"xla_gpu_enable_pipelined_host_offloading": True}  # fetched one layer ahead
 
 
 def make_train_step(

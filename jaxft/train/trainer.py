@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import signal
 import threading
 import time
@@ -17,9 +18,13 @@ import optax
 from flax import nnx
 
 from jaxft import console
+from jaxft.compilation_cache import enable_compilation_cache
 from jaxft.errors import JaxftError
 from jaxft.models import labels
 from jaxft.models.decoder import Decoder
+from jaxft.models.remat import AUTO
+from jaxft.plan import GIB, plan
+from jaxft.train import auto_remat
 from jaxft.train.metrics import MetricsLog, plot_loss
 from jaxft.train.step import LossFunction, make_train_step
 
@@ -56,6 +61,63 @@ class TrainResult:
     interrupted: bool
 
 
+def _fitting_step(
+    decoder: Decoder, loss: LossFunction, tx: optax.GradientTransformation, arguments: Any, budget_gib: float | None
+) -> Any:
+    """The compiled step of the fastest policy that fits, which becomes the decoder's."""
+
+    def compile_step(policy: str) -> Any:
+        decoder.remat = policy
+        step: Any = make_train_step(labels.split(decoder)[0], loss, tx, remat=policy)
+        return step.lower(*arguments).compile()
+
+    budget = auto_remat.device_budget() if budget_gib is None else int(budget_gib * GIB)
+    if budget is None:
+        return compile_step("none")
+    rows, length = _shape(arguments[-1])
+    decision = auto_remat.choose(decoder, tx, compile_step, rows=rows, length=length, budget=budget)
+    console.console.print(decision.table)
+    return decision.step
+
+
+def _shape(batch: Any) -> tuple[int, int]:
+    """(rows, tokens a row) of a micro-batch: its first leaf is the tokens, [A, B, T]."""
+    _, rows, length = jax.tree.leaves(batch)[0].shape
+    return rows, length
+
+
+@contextlib.contextmanager
+def _explained_memory(decoder: Decoder, tx: optax.GradientTransformation, batch: Any) -> Iterator[None]:
+    """Says of a step that the device's memory was too little for what takes most of it, and what to change.
+
+    Raises:
+      JaxftError: in place of the device's own error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        rows, length = _shape(batch)
+        found = plan(decoder, tx, rows=rows, length=length)
+        part, size = max(found.per_step().items(), key=lambda item: item[1])
+        raise JaxftError(
+            f"a step of {rows} x {length} tokens",
+            f"ran out of device memory: of the planned {found.peak / GIB:.1f} GiB the largest part that grows with "
+            f"the step is {part.replace('_', ' ')}, {size / GIB:.1f} GiB (remat {decoder.remat!r})",
+            _REMEDIES[part],
+        ) from error
+
+
+_REMEDIES = {
+    "kept": 'use_gradient_checkpointing="auto" or "offload" keeps less on the device',
+    "working_set": "Lower per_device_train_batch_size or max_seq_length, or take tiles: offload,tile=2048",
+    "loss": "Lower per_device_train_batch_size or max_seq_length",
+    "gradients": "Lower r, or train fewer modules",
+    "optimizer": 'optim="adamw_8bit" takes a quarter',
+}
+
+
 def run(
     decoder: Decoder,
     loss: LossFunction,
@@ -67,6 +129,7 @@ def run(
     output_dir: Path,
     logging_steps: int = 1,
     callbacks: Sequence[Callback] = (),
+    memory_budget_gib: float | None = None,
 ) -> TrainResult:
     """Trains `decoder` in place over `batches`, at most `total_steps` of them.
 
@@ -79,10 +142,12 @@ def run(
       output_dir: gets metrics.jsonl and loss.png.
       logging_steps: log every so many steps, the first and the last always.
       callbacks: called after every step.
+      memory_budget_gib: where the decoder's policy is "auto": what the device may give; None is what it has.
 
     Raises:
-      JaxftError: nothing is trainable, or there is no batch.
+      JaxftError: nothing is trainable, there is no batch, or the device's memory is too little.
     """
+    enable_compilation_cache()
     graphdef, trainable, frozen = labels.split(decoder)
     if not jax.tree.leaves(trainable):
         raise JaxftError("train", "nothing in the model is trainable", "Call get_peft_model first")
@@ -91,7 +156,12 @@ def run(
     kinds = set(jax.tree.leaves(labels.labels(trainable)))
     tx = optax.partition(dict.fromkeys(kinds, tx), labels.labels)
     opt_state = tx.init(trainable)
-    step_function = make_train_step(graphdef, loss, tx, remat=decoder.remat)
+    batches = iter(batches)
+    if decoder.remat == AUTO and (first := next(batches, None)) is not None:
+        step_function = _fitting_step(decoder, loss, tx, (trainable, frozen, opt_state, first), memory_budget_gib)
+        batches = itertools.chain([first], batches)
+    else:
+        step_function = make_train_step(graphdef, loss, tx, remat=decoder.remat)
     log = MetricsLog(output_dir / "metrics.jsonl")
     rows: list[dict[str, Any]] = []
     step, clock = 0, _Clock()
@@ -100,7 +170,8 @@ def run(
             for batch in batches:
                 if step == total_steps or interrupted():
                     break
-                trainable, opt_state, metrics = step_function(trainable, frozen, opt_state, batch)
+                with _explained_memory(decoder, tx, batch):
+                    trainable, opt_state, metrics = step_function(trainable, frozen, opt_state, batch)
                 row = None
                 if step % logging_steps == 0 or step + 1 == total_steps:
                     row = clock.row(step + 1, metrics, float(np.asarray(schedule(step))))
