@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from jaxft.errors import JaxftError
+from jaxft.quant import QTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +57,15 @@ class Checkpoint(Protocol):
 
         Empty for formats that keep no such files; sinks then write what `tokenizer()` gives.
         """
+        ...
+
+
+@runtime_checkable
+class QuantizedCheckpoint(Checkpoint, Protocol):
+    """A checkpoint that holds some weights in a form of `jaxft.quant`."""
+
+    def quantized(self, name: str) -> QTensor | None:
+        """The weight as it is stored, of numpy arrays; None where it is not quantized."""
         ...
 
 

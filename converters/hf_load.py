@@ -28,16 +28,17 @@ class HFCheckpoint:
 
     Raises:
       JaxftError: the folder, a file or an entry of the index is missing, corrupt or not what its neighbours say; a
-        checkpoint of pickles; a quantized checkpoint.
+        checkpoint of pickles; a quantized checkpoint, unless that is accepted (`converters.bnb` reads those).
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, accept_quantized: bool = False) -> None:
         self._folder = Path(path)
         if not self._folder.is_dir():
             raise JaxftError(path, "is not a folder" if self._folder.exists() else "does not exist")
         self._files = _open_shards(self._folder)
         self.config: dict[str, Any] = read_json(self._folder / CONFIG)
-        _refuse_quantized(self.config, self._folder / CONFIG)
+        if not accept_quantized:
+            _refuse_quantized(self.config, self._folder / CONFIG)
         self.tensors: dict[str, TensorInfo] = {name: file.tensors[name] for name, file in self._files.items()}
 
     @property

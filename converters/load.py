@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
 from converters.archs import arch_of
-from converters.checkpoint import Checkpoint, check_tensors
+from converters.checkpoint import Checkpoint, QuantizedCheckpoint, check_tensors
 from jaxft.console import progress
 from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig
-from jaxft.models.decoder import Decoder
-from jaxft.models.params import build_decoder, expected_tensors
+from jaxft.models.decoder import Decoder, abstract_decoder
+from jaxft.models.params import build_decoder, expected_tensors, hf_names, is_quantizable, parameters
+from jaxft.quant import QTensor
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Buffers that older checkpoints carry and that are computed from the config.
@@ -31,13 +34,31 @@ def load_decoder(checkpoint: Checkpoint, *, dtype: DTypeLike, quantization: str 
       JaxftError: see `check`.
     """
     config = check(checkpoint)
+    kept = checkpoint if quantization is not None and isinstance(checkpoint, QuantizedCheckpoint) else None
+    if kept is not None:
+        _check_all_quantized(kept, config)
     with progress("loading weights", len(expected_tensors(config))) as advance:
 
-        def read(name: str) -> np.ndarray:
+        def read(name: str) -> np.ndarray | QTensor:
             advance(note=name)
-            return checkpoint.read(name)
+            stored = None if kept is None else kept.quantized(name)
+            return checkpoint.read(name) if stored is None else jax.tree.map(jnp.asarray, stored)
 
         return build_decoder(config, read, dtype=dtype, quantization=quantization)
+
+
+def _check_all_quantized(checkpoint: QuantizedCheckpoint, config: DecoderConfig) -> None:
+    """Layers are stacked, so a checkpoint that leaves some linears unquantized cannot be kept as it is."""
+    decoder = abstract_decoder(config, jnp.float32)
+    paths = [path for path, _ in parameters(decoder) if is_quantizable(path)]
+    names = [name for path in paths for name in hf_names(path, config.num_hidden_layers)]
+    plain = [name for name in names if checkpoint.quantized(name) is None]
+    if plain:
+        raise JaxftError(
+            checkpoint.where,
+            f"leaves {len(plain)} of {len(names)} linears unquantized, the first of them {', '.join(plain[:4])}",
+            "Load it with load_in_4bit=False",
+        )
 
 
 def check(checkpoint: Checkpoint) -> DecoderConfig:

@@ -1,0 +1,234 @@
+"""Checkpoints whose linears bitsandbytes quantized to NF4, as transformers saves them and `unsloth/*-bnb-4bit` are.
+
+A linear [out, in] is stored as
+
+    X.weight                                   uint8 [out * in / 2, 1], two codes a byte, the first in the high bits
+    X.weight.absmax                            float32 [blocks], or uint8 with double quantization
+    X.weight.quant_map                         float32 [16]
+    X.weight.nested_absmax, .nested_quant_map  float32 [nested blocks] and [256], with double quantization
+    X.weight.quant_state.bitsandbytes__nf4     uint8, the bytes of a JSON object: quant_type, blocksize, dtype, shape
+                                               and, doubly quantized, nested_blocksize, nested_dtype, nested_offset
+
+(`QuantState.as_dict(packed=True)` of bitsandbytes, functional.py). Nothing is quantized again: codes, scales and maps
+are used, and written, as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from converters.checkpoint import TensorInfo
+from converters.hf_files import CONFIG
+from converters.hf_load import HFCheckpoint
+from jaxft.errors import JaxftError
+from jaxft.quant import NF4Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+QUANTIZATION_CONFIG = "quantization_config"
+_STATE = ".quant_state.bitsandbytes__"
+_DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_FIELDS = {"quant_type", "blocksize", "dtype", "shape"}
+_NESTED_FIELDS = {"nested_blocksize", "nested_dtype", "nested_offset"}
+
+
+class QuantState(NamedTuple):
+    """What the JSON object of a weight says.
+
+    Attributes:
+      shape: (out, in).
+      dtype: of the weight before it was quantized.
+      block_size: values an absmax.
+      nested_block_size, nested_offset: of double quantization, or None.
+    """
+
+    shape: tuple[int, int]
+    dtype: np.dtype
+    block_size: int
+    nested_block_size: int | None = None
+    nested_offset: float | None = None
+
+
+class BnbCheckpoint:
+    """A Hugging Face folder with NF4 weights; implements `converters.checkpoint.Checkpoint` and `quantized`.
+
+    `tensors` and `read` give the weights decoded, under their own names; `config` is that of the model before it was
+    quantized.
+
+    Raises:
+      JaxftError: another quantization than bitsandbytes' NF4, or tensors that do not fit each other, by file and name.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._stored = HFCheckpoint(path, accept_quantized=True)
+        self.config: dict[str, Any] = dict(self._stored.config)
+        _check_method(self.config.pop(QUANTIZATION_CONFIG), Path(path) / CONFIG)
+        self._states = {name.partition(_STATE)[0]: self._state(name) for name in self._stored.tensors if _STATE in name}
+        self.tensors: dict[str, TensorInfo] = {
+            name: TensorInfo(self._states[name].shape, self._states[name].dtype) if name in self._states else info
+            for name, info in self._stored.tensors.items()
+            if not any(part in self._states for part in _prefixes(name))
+        }
+        for name in self._states:
+            self._check(name)
+
+    @property
+    def where(self) -> str:
+        """The folder's path."""
+        return self._stored.where
+
+    def quantized(self, name: str) -> NF4Tensor | None:
+        """The weight of that name as it is stored, or None where it is not quantized."""
+        if name not in self._states:
+            return None
+        state = self._states[name]
+        nested = state.nested_block_size is not None
+        rows, columns = state.shape
+        optional = {"block_size": state.block_size}
+        if state.nested_block_size is not None:
+            optional["nested_block_size"] = state.nested_block_size
+        return NF4Tensor(
+            self._part(name, "").reshape(rows, columns // 2),
+            self._part(name, ".absmax"),
+            self._part(name, ".nested_absmax") if nested else None,
+            np.float32(state.nested_offset) if nested else None,
+            self._part(name, ".quant_map"),
+            self._part(name, ".nested_quant_map") if nested else None,
+            shape=state.shape,
+            **optional,
+        )
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor; what is quantized comes decoded, in the dtype that it had before."""
+        weight = self.quantized(name)
+        if weight is None:
+            return self._stored.read(name)
+        return np.asarray(weight.dequantize(np.float32)).astype(self._states[name].dtype)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The folder's tokenizer; None without its files."""
+        return self._stored.tokenizer()
+
+    def sidecars(self) -> dict[str, bytes]:
+        """generation_config.json, tokenizer files, chat templates, licences."""
+        return self._stored.sidecars()
+
+    def _part(self, name: str, suffix: str) -> Any:
+        return self._stored.read(name + suffix)
+
+    def _state(self, name: str) -> QuantState:
+        where = f"{self.where}, tensor {name}"
+        kind = name.partition(_STATE)[2]
+        if kind != "nf4":
+            raise JaxftError(where, f"is {kind}; only nf4 is supported", "Take a checkpoint with the original weights")
+        return decode_state(self._stored.read(name).tobytes(), where)
+
+    def _check(self, name: str) -> None:
+        """The parts' shapes and dtypes, against what the state says."""
+        state = self._states[name]
+        values = state.shape[0] * state.shape[1]
+        blocks = -(-values // state.block_size)
+        expected = {"": ((values // 2, 1), np.uint8), ".quant_map": ((16,), np.float32)}
+        if state.nested_block_size is None:
+            expected[".absmax"] = ((blocks,), np.float32)
+        else:
+            expected[".absmax"] = ((blocks,), np.uint8)
+            expected[".nested_absmax"] = ((-(-blocks // state.nested_block_size),), np.float32)
+            expected[".nested_quant_map"] = ((256,), np.float32)
+        for suffix, (shape, dtype) in expected.items():
+            info = self._stored.tensors.get(name + suffix)
+            if info != TensorInfo(shape, np.dtype(dtype)):
+                found = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
+                what = f"is {found} instead of {np.dtype(dtype)} {list(shape)}, which its quant state asks for"
+                raise JaxftError(f"{self.where}, tensor {name}{suffix}", what)
+
+
+def decode_state(content: bytes, where: object) -> QuantState:
+    """The quant state behind the bytes of a `quant_state.bitsandbytes__nf4` tensor.
+
+    Raises:
+      JaxftError: not JSON, a field that is missing, unknown, or of a value that is not supported.
+    """
+    try:
+        fields = json.loads(content)
+    except ValueError as error:
+        raise JaxftError(where, f"is not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise JaxftError(where, "must be a JSON object")
+    nested = "nested_blocksize" in fields
+    expected = _FIELDS | (_NESTED_FIELDS if nested else set())
+    if set(fields) != expected:
+        odd = ", ".join(sorted(set(fields) ^ expected))
+        raise JaxftError(where, f"has too many or too few fields: {odd}")
+    shape, block_size = fields["shape"], fields["blocksize"]
+    good = (
+        fields["quant_type"] == "nf4"
+        and fields["dtype"] in _DTYPES
+        and isinstance(shape, list)
+        and len(shape) == 2
+        and all(isinstance(n, int) and n > 0 for n in [*shape, block_size, fields.get("nested_blocksize", 1)])
+        and shape[1] % 2 == 0
+        and fields.get("nested_dtype", "float32") == "float32"
+        and isinstance(fields.get("nested_offset", 0.0), float | int)
+    )
+    if not good:
+        raise JaxftError(where, f"holds values that are not supported: {fields}")
+    return QuantState(
+        (shape[0], shape[1]),
+        _DTYPES[fields["dtype"]],
+        block_size,
+        fields.get("nested_blocksize"),
+        fields.get("nested_offset"),
+    )
+
+
+def encode_state(weight: NF4Tensor, dtype: np.dtype) -> bytes:
+    """The bytes that bitsandbytes writes for `weight`, whose values had `dtype`: the inverse of `decode_state`."""
+    fields: dict[str, Any] = {"quant_type": "nf4", "blocksize": weight.block_size}
+    fields |= {"dtype": dtype.name, "shape": list(weight.shape)}
+    if weight.nested_offset is not None:
+        fields |= {"nested_blocksize": weight.nested_block_size, "nested_dtype": "float32"}
+        fields["nested_offset"] = float(np.asarray(weight.nested_offset))
+    return json.dumps(fields).encode()
+
+
+def stored_tensors(name: str, weight: NF4Tensor, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """The tensors that stand for one weight in a checkpoint."""
+    parts = {
+        "": np.asarray(weight.codes).reshape(-1, 1),
+        ".absmax": weight.absmax,
+        ".nested_absmax": weight.nested_absmax,
+        ".nested_quant_map": weight.nested_quant_map,
+        ".quant_map": weight.quant_map,
+        f"{_STATE}nf4": np.frombuffer(encode_state(weight, dtype), np.uint8),
+    }
+    return {name + suffix: np.asarray(part) for suffix, part in parts.items() if part is not None}
+
+
+def _check_method(quantization: Any, where: Path) -> None:
+    """Refuses everything but 4-bit NF4 of bitsandbytes."""
+    fields = quantization if isinstance(quantization, dict) else {}
+    method = fields.get("quant_method")
+    if method != "bitsandbytes":
+        what = f"{method or quantization} is not supported; bitsandbytes' NF4 is"
+    elif not fields.get("load_in_4bit"):
+        what = "8-bit weights (load_in_8bit) of bitsandbytes are not supported; NF4 is"
+    elif fields.get("bnb_4bit_quant_type") != "nf4":
+        what = f"bnb_4bit_quant_type {fields.get('bnb_4bit_quant_type')!r} is not supported; nf4 is"
+    elif fields.get("bnb_4bit_quant_storage", "uint8") != "uint8":
+        what = f"bnb_4bit_quant_storage {fields['bnb_4bit_quant_storage']!r} is not supported; uint8 is"
+    else:
+        return
+    raise JaxftError(f"{where}, field {QUANTIZATION_CONFIG}", what, "Take the checkpoint with the original weights")
+
+
+def _prefixes(name: str) -> list[str]:
+    """What `name` could be a part of: 'a.weight' for 'a.weight.absmax' and 'a.weight.quant_state.bitsandbytes__nf4'."""
+    head, found, _ = name.rpartition(".weight.")
+    return [f"{head}.weight"] if found else []
