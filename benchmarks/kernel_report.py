@@ -75,18 +75,18 @@ def draw(rows: list[dict[str, Any]], device: str, file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
-def write_readme(text: str, readme: Path) -> None:
-    """Puts the table between the markers."""
-    before, rest = readme.read_text().split(START)
-    _, after = rest.split(END)
-    readme.write_text(f"{before}{START}\n{text}\n{END}{after}")
+def write_between(start: str, end: str, text: str, file: Path) -> None:
+    """Replaces what stands between two marker comments of a file."""
+    before, rest = file.read_text().split(start)
+    _, after = rest.split(end)
+    file.write_text(f"{before}{start}\n{text}\n{end}{after}")
 
 
 def main() -> None:
     """Reads the results, writes table and chart, says where."""
     results = json.loads(Path(sys.argv[1]).read_text())
     text, chart = table(results["rows"]), ROOT / "docs" / "kernels.svg"
-    write_readme(text, ROOT / "README.md")
+    write_between(START, END, text, ROOT / "README.md")
     draw(results["rows"], results["device"], chart)
     print(f"wrote the table of {results['device']} into {ROOT / 'README.md'}, the chart to {chart}")
 

@@ -14,6 +14,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,7 +175,7 @@ def measure(prepared: Prepared, arguments: argparse.Namespace, tokens: int, reco
     }
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.train", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
     parser.add_argument("--quant", choices=("nf4", "none"), default="nf4")
@@ -188,7 +189,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N most expensive kernels")
     parser.add_argument("--out", help="append the JSON line to this file")
     parser.add_argument("--hlo", help="write the compiled program to this file")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def memory(name: str) -> float | None:

@@ -19,19 +19,23 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from converters.checkpoint import TensorInfo
+from converters.checkpoint import Checkpoint, QuantizedCheckpoint, TensorInfo
+from converters.hf_export import write_hf
 from converters.hf_files import CONFIG
-from converters.hf_load import HFCheckpoint
+from converters.hf_load import QUANTIZATION_CONFIG, HFCheckpoint
+from converters.load import check
+from converters.merge import DerivedCheckpoint
 from jaxft.errors import JaxftError
+from jaxft.models.params import quantizable_tensors
 from jaxft.quant import NF4Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-QUANTIZATION_CONFIG = "quantization_config"
 _STATE = ".quant_state.bitsandbytes__"
 _DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _FIELDS = {"quant_type", "blocksize", "dtype", "shape"}
@@ -56,7 +60,7 @@ class QuantState(NamedTuple):
 
 
 class BnbCheckpoint:
-    """A Hugging Face folder with NF4 weights; implements `converters.checkpoint.Checkpoint` and `quantized`.
+    """An open Hugging Face folder with NF4 weights; implements `converters.checkpoint.Checkpoint` and `quantized`.
 
     `tensors` and `read` give the weights decoded, under their own names; `config` is that of the model before it was
     quantized.
@@ -65,10 +69,10 @@ class BnbCheckpoint:
       JaxftError: another quantization than bitsandbytes' NF4, or tensors that do not fit each other, by file and name.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self._stored = HFCheckpoint(path, accept_quantized=True)
-        self.config: dict[str, Any] = dict(self._stored.config)
-        _check_method(self.config.pop(QUANTIZATION_CONFIG), Path(path) / CONFIG)
+    def __init__(self, stored: HFCheckpoint) -> None:
+        self._stored = stored
+        self.config: dict[str, Any] = dict(stored.config)
+        _check_method(self.config.pop(QUANTIZATION_CONFIG), Path(stored.where) / CONFIG)
         self._states = {name.partition(_STATE)[0]: self._state(name) for name in self._stored.tensors if _STATE in name}
         self.tensors: dict[str, TensorInfo] = {
             name: TensorInfo(self._states[name].shape, self._states[name].dtype) if name in self._states else info
@@ -198,17 +202,96 @@ def encode_state(weight: NF4Tensor, dtype: np.dtype) -> bytes:
     return json.dumps(fields).encode()
 
 
-def stored_tensors(name: str, weight: NF4Tensor, dtype: np.dtype) -> dict[str, np.ndarray]:
-    """The tensors that stand for one weight in a checkpoint."""
+def stored_tensors(name: str, weight: NF4Tensor, dtype: np.dtype) -> dict[str, Any]:
+    """The arrays that stand for one weight in a checkpoint, each as it is in `weight`: on the device or not."""
     parts = {
-        "": np.asarray(weight.codes).reshape(-1, 1),
+        "": weight.codes.reshape(-1, 1),
         ".absmax": weight.absmax,
         ".nested_absmax": weight.nested_absmax,
         ".nested_quant_map": weight.nested_quant_map,
         ".quant_map": weight.quant_map,
         f"{_STATE}nf4": np.frombuffer(encode_state(weight, dtype), np.uint8),
     }
-    return {name + suffix: np.asarray(part) for suffix, part in parts.items() if part is not None}
+    return {name + suffix: part for suffix, part in parts.items() if part is not None}
+
+
+class NF4Checkpoint(DerivedCheckpoint):
+    """`base` with the linears of its layers in NF4: as the base holds them, else quantized from its values.
+
+    Raises:
+      JaxftError: `base` is not understood (see `converters.load.check`).
+    """
+
+    def __init__(self, base: Checkpoint) -> None:
+        super().__init__(base)
+        self._names = frozenset(quantizable_tensors(check(base)))
+
+    def quantized(self, name: str) -> NF4Tensor | None:
+        """The weight in NF4; None for what stays as it is."""
+        if name not in self._names:
+            return None
+        kept = self._base.quantized(name) if isinstance(self._base, QuantizedCheckpoint) else None
+        return kept if isinstance(kept, NF4Tensor) else NF4Tensor.quantize(jnp.asarray(self._base.read(name)))
+
+    def read(self, name: str) -> np.ndarray:
+        """The base's values."""
+        return self._base.read(name)
+
+
+def write_bnb(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) -> Path:
+    """Writes `checkpoint` as bitsandbytes stores it, the linears of its layers in NF4, and returns the path.
+
+    Weights that are in NF4 already are written bit by bit; others are quantized, double quantization included.
+
+    Raises:
+      JaxftError: the checkpoint is not understood, or the folder is not empty or cannot be written to.
+    """
+    return write_hf(_Stored(NF4Checkpoint(checkpoint)), path, overwrite=overwrite)
+
+
+class _Stored(DerivedCheckpoint):
+    """The tensors as they are on disk: the parts of every NF4 weight in the place of its values."""
+
+    def __init__(self, base: NF4Checkpoint) -> None:
+        super().__init__(base)
+        self._quantized = base
+        self._owners: dict[str, str] = {}
+        self._parts: tuple[str, dict[str, Any]] = ("", {})  # of the weight that was asked for last
+        self.tensors = {}
+        for name, info in base.tensors.items():
+            parts = self._parts_of(name) or {name: info}
+            self._owners |= dict.fromkeys(parts, name)
+            self.tensors |= {
+                part: TensorInfo(tuple(value.shape), np.dtype(value.dtype)) for part, value in parts.items()
+            }
+        double = any(name.endswith(".nested_absmax") for name in self.tensors)
+        self.config = {**base.config, QUANTIZATION_CONFIG: quantization_config(double)}
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor of the file."""
+        owner = self._owners[name]
+        parts = self._parts_of(owner)
+        return np.asarray(parts[name]) if parts else self._base.read(owner)
+
+    def _parts_of(self, name: str) -> dict[str, Any]:
+        if self._parts[0] != name:
+            weight = self._quantized.quantized(name)
+            dtype = self._quantized.tensors[name].dtype
+            self._parts = (name, {} if weight is None else stored_tensors(name, weight, dtype))
+        return self._parts[1]
+
+
+def quantization_config(double_quantization: bool) -> dict[str, Any]:
+    """What transformers' BitsAndBytesConfig writes into config.json for NF4."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double_quantization,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+    }
 
 
 def _check_method(quantization: Any, where: Path) -> None:

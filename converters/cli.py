@@ -113,6 +113,29 @@ class FromGguf:
 
 
 @dataclasses.dataclass(frozen=True)
+class ToBnb:
+    """Any checkpoint to bitsandbytes' 4-bit layout (NF4, double quantization), as transformers loads it.
+
+    Attributes:
+      source: a Hugging Face or Orbax folder, a .gguf file, or a name on the Hugging Face hub.
+      destination: the new folder.
+      overwrite: replace a folder that is not empty.
+    """
+
+    source: Positional[str]
+    destination: Positional[Path]
+    overwrite: bool = False
+
+    def run(self) -> None:
+        """Converts."""
+        from converters.bnb import write_bnb
+        from converters.open import open_checkpoint
+
+        write_bnb(open_checkpoint(self.source), self.destination, overwrite=self.overwrite)
+        wrote(self.destination, "checkpoint in bitsandbytes' NF4")
+
+
+@dataclasses.dataclass(frozen=True)
 class Inspect:
     """Shows config, tensors, dtypes and sizes of a checkpoint in any format, or of a PEFT adapter.
 
@@ -135,7 +158,7 @@ class Inspect:
             summary.show()
 
 
-Command = HfToJax | JaxToHf | ToGguf | FromGguf | Inspect
+Command = HfToJax | JaxToHf | ToGguf | FromGguf | ToBnb | Inspect
 
 
 def _to_jax(checkpoint: Checkpoint, destination: Path, overwrite: bool) -> None:

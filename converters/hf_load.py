@@ -15,6 +15,7 @@ from jaxft.errors import JaxftError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+QUANTIZATION_CONFIG = "quantization_config"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -37,9 +38,14 @@ class HFCheckpoint:
             raise JaxftError(path, "is not a folder" if self._folder.exists() else "does not exist")
         self._files = _open_shards(self._folder)
         self.config: dict[str, Any] = read_json(self._folder / CONFIG)
-        if not accept_quantized:
-            _refuse_quantized(self.config, self._folder / CONFIG)
+        if self.is_quantized and not accept_quantized:
+            raise _is_quantized(self.config[QUANTIZATION_CONFIG], self._folder / CONFIG)
         self.tensors: dict[str, TensorInfo] = {name: file.tensors[name] for name, file in self._files.items()}
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the tensors are the parts of quantized weights."""
+        return bool(self.config.get(QUANTIZATION_CONFIG))
 
     @property
     def where(self) -> str:
@@ -116,12 +122,10 @@ def _no_weights(folder: Path) -> JaxftError:
     return JaxftError(folder, f"has neither {WEIGHTS} nor {INDEX}")
 
 
-def _refuse_quantized(config: dict[str, Any], where: Path) -> None:
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise JaxftError(
-            f"{where}, field quantization_config",
-            f"the checkpoint is quantized ({method}), which is not supported yet",
-            "Take the checkpoint with the original weights",
-        )
+def _is_quantized(quantization: Any, where: Path) -> JaxftError:
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    return JaxftError(
+        f"{where}, field {QUANTIZATION_CONFIG}",
+        f"the checkpoint is quantized ({method}), and its original tensors are asked for",
+        "Take the checkpoint with the original weights",
+    )

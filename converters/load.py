@@ -13,8 +13,8 @@ from converters.checkpoint import Checkpoint, QuantizedCheckpoint, check_tensors
 from jaxft.console import progress
 from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig
-from jaxft.models.decoder import Decoder, abstract_decoder
-from jaxft.models.params import build_decoder, expected_tensors, hf_names, is_quantizable, parameters
+from jaxft.models.decoder import Decoder
+from jaxft.models.params import build_decoder, expected_tensors, quantizable_tensors
 from jaxft.quant import QTensor
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -49,9 +49,7 @@ def load_decoder(checkpoint: Checkpoint, *, dtype: DTypeLike, quantization: str 
 
 def _check_all_quantized(checkpoint: QuantizedCheckpoint, config: DecoderConfig) -> None:
     """Layers are stacked, so a checkpoint that leaves some linears unquantized cannot be kept as it is."""
-    decoder = abstract_decoder(config, jnp.float32)
-    paths = [path for path, _ in parameters(decoder) if is_quantizable(path)]
-    names = [name for path in paths for name in hf_names(path, config.num_hidden_layers)]
+    names = quantizable_tensors(config)
     plain = [name for name in names if checkpoint.quantized(name) is None]
     if plain:
         raise JaxftError(

@@ -12,13 +12,14 @@ from converters.peft_io import Adapter, scale_of
 from jaxft.errors import JaxftError
 from jaxft.models.decoder import Decoder
 from jaxft.models.params import TensorView, tensor_views
+from jaxft.quant import QTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class _Derived:
-    """What a computed checkpoint takes over from the one that it is computed from."""
+class DerivedCheckpoint:
+    """What a computed checkpoint takes over from the one that it is computed from; others add `read`."""
 
     def __init__(self, base: Checkpoint) -> None:
         self._base = base
@@ -35,7 +36,7 @@ class _Derived:
         return self._base.sidecars()
 
 
-class DecoderCheckpoint(_Derived):
+class DecoderCheckpoint(DerivedCheckpoint):
     """A decoder's base weights, without its adapter, in the dtypes of the checkpoint that it came from.
 
     Args:
@@ -48,12 +49,16 @@ class DecoderCheckpoint(_Derived):
         self._views: dict[str, TensorView] = tensor_views(decoder)
         self.tensors = {name: TensorInfo(view.shape, source.tensors[name].dtype) for name, view in self._views.items()}
 
+    def quantized(self, name: str) -> QTensor | None:
+        """The weight as the decoder holds it; None where it is not quantized."""
+        return self._views[name].quantized()
+
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the source's dtype."""
         return self._views[name].read().astype(self.tensors[name].dtype)
 
 
-class MergedCheckpoint(_Derived):
+class MergedCheckpoint(DerivedCheckpoint):
     """W + scale * B A for every adapted weight of `base`, computed in float32 one tensor at a time, in W's dtype.
 
     Raises:
@@ -91,7 +96,7 @@ class MergedCheckpoint(_Derived):
         return merged.astype(weight.dtype)
 
 
-class CastCheckpoint(_Derived):
+class CastCheckpoint(DerivedCheckpoint):
     """`base` with its tensors of more than 16 bits in bfloat16, and config.json saying so where there are any."""
 
     def __init__(self, base: Checkpoint) -> None:

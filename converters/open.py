@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from converters.checkpoint import Checkpoint
-from converters.hf_files import ADAPTER_CONFIG, CONFIG, ORBAX_MANIFEST, SIDECARS, read_json
+from converters.hf_files import ADAPTER_CONFIG, ORBAX_MANIFEST, SIDECARS
 from jaxft.errors import JaxftError
 
 Format = Literal["hf", "orbax", "gguf", "peft"]
@@ -31,12 +31,11 @@ def open_checkpoint(name: Path | str) -> Checkpoint:
         from converters.orbax_io import OrbaxCheckpoint
 
         return OrbaxCheckpoint(path)
-    from converters.bnb import QUANTIZATION_CONFIG, BnbCheckpoint
+    from converters.bnb import BnbCheckpoint
     from converters.hf_load import HFCheckpoint
 
-    if (path / CONFIG).is_file() and read_json(path / CONFIG).get(QUANTIZATION_CONFIG):
-        return BnbCheckpoint(path)
-    return HFCheckpoint(path)
+    stored = HFCheckpoint(path, accept_quantized=True)
+    return BnbCheckpoint(stored) if stored.is_quantized else stored
 
 
 def is_adapter(name: Path | str) -> bool:

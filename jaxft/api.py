@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from jaxft import console, lora
 from jaxft.errors import JaxftError
+from jaxft.fetch import cache_dir
 from jaxft.files import prepare_output_dir
 from jaxft.generate import Sampling, generate
 from jaxft.models.config import DecoderConfig
@@ -248,10 +249,12 @@ class FastLanguageModel:
         """Loads a model and its tokenizer.
 
         Args:
-          model_name: a folder (Hugging Face, Orbax or a PEFT adapter), a .gguf file, or a name on the hub.
+          model_name: a folder (Hugging Face, plain or in bitsandbytes' NF4, Orbax, or a PEFT adapter), a .gguf file, or
+            a name on the hub.
           max_seq_length: default length of training rows.
           dtype: of activations and of what is not quantized; None is bfloat16 on a GPU and float32 on a CPU.
-          load_in_4bit: keep the linears of the layers in NF4 with double quantization.
+          load_in_4bit: keep the linears of the layers in NF4 with double quantization; weights that are stored in NF4
+            stay as they are. From 1 GiB on, the converted weights are kept in jaxft's cache folder for the next time.
 
         Returns:
           (model, tokenizer); the tokenizer is None, with a warning, where the checkpoint has none.
@@ -259,6 +262,7 @@ class FastLanguageModel:
         Raises:
           JaxftError: a checkpoint that cannot be read or is not understood, or a GPU that is too old.
         """
+        from converters.converted import load_nf4
         from converters.load import load_decoder
         from converters.open import is_adapter, open_checkpoint
         from converters.peft_io import read_adapter
@@ -267,7 +271,11 @@ class FastLanguageModel:
         adapter = read_adapter(Path(model_name)) if is_adapter(model_name) else None
         name = _base_of(adapter, model_name) if adapter else str(model_name)
         source = open_checkpoint(name)
-        decoder = load_decoder(source, dtype=dtype, quantization="nf4" if load_in_4bit else None)
+        decoder = (
+            load_nf4(source, dtype=dtype, cache=cache_dir() / "nf4")
+            if load_in_4bit
+            else load_decoder(source, dtype=dtype)
+        )
         tokenizer = source.tokenizer()
         if tokenizer is None:
             console.warn(f"{source.where} has no tokenizer files; the tokenizer is None")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -13,10 +14,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from converters.bnb import BnbCheckpoint, decode_state, stored_tensors
+from converters.bnb import BnbCheckpoint, decode_state, stored_tensors, write_bnb
+from converters.converted import load_nf4
 from converters.load import load_decoder
+from converters.merge import DecoderCheckpoint
 from converters.open import open_checkpoint
 from jaxft.errors import JaxftError
 from jaxft.models.params import is_quantizable, parameters, unstack
@@ -61,7 +65,7 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, np.ndarray]], Any]) -> 
 def quantize_linears(tensors: dict[str, np.ndarray]) -> None:
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         weight = NF4Tensor.quantize(jnp.asarray(tensors.pop(name)))
-        tensors.update(stored_tensors(name, weight, BF16))
+        tensors.update({part: np.asarray(array) for part, array in stored_tensors(name, weight, BF16).items()})
 
 
 def test_codes_and_scales_are_those_of_the_file(folder: Path):
@@ -74,6 +78,49 @@ def test_codes_and_scales_are_those_of_the_file(folder: Path):
             name = ".".join(map(str, path)).replace("layers.", f"layers.{layer}.")
             for suffix, array in stored_tensors(name, weight, BF16).items():
                 np.testing.assert_array_equal(array, stored[suffix], err_msg=suffix)
+
+
+def test_a_loaded_model_is_written_bit_by_bit(folder: Path, tmp_path: Path):
+    source = open_checkpoint(folder)
+    decoder = load_decoder(source, dtype=jnp.float32, quantization="nf4")
+    for name, checkpoint in {"source": source, "decoder": DecoderCheckpoint(decoder, source)}.items():
+        written = load_file(write_bnb(checkpoint, tmp_path / name) / "model.safetensors")
+        stored = load_file(folder / "model.safetensors")
+        assert written.keys() == stored.keys()
+        for part, array in stored.items():
+            assert written[part].dtype == array.dtype
+            np.testing.assert_array_equal(written[part], array, err_msg=part)
+        assert json.loads((tmp_path / name / "config.json").read_text())["quantization_config"] == QUANTIZATION
+
+
+def test_plain_weights_are_quantized_as_they_are_written(tiny_hf_dir: Path, tmp_path: Path):
+    source = open_checkpoint(tiny_hf_dir)
+    copy = open_checkpoint(write_bnb(source, tmp_path / "nf4"))
+    assert isinstance(copy, BnbCheckpoint)
+    expected = NF4Tensor.quantize(jnp.asarray(source.read(Q_PROJ)))
+    jax.tree.map(np.testing.assert_array_equal, copy.quantized(Q_PROJ), expected)
+    norm = "model.norm.weight"
+    assert copy.quantized(norm) is None
+    np.testing.assert_array_equal(copy.read(norm), source.read(norm))
+
+
+def test_the_converted_copy_loads_to_the_same_model(
+    tiny_hf_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    load = functools.partial(load_nf4, dtype=jnp.bfloat16, cache=tmp_path / "nf4")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_hf_dir, folder)
+    loaded = [load(open_checkpoint(folder), min_bytes=0) for _ in range(2)]
+    assert "reading the converted copy" in capsys.readouterr().err
+    jax.tree.map(np.testing.assert_array_equal, *(nnx.state(decoder) for decoder in loaded))
+    edit_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"] + 1}))
+    load(open_checkpoint(folder), min_bytes=0)
+    assert len(list((tmp_path / "nf4").iterdir())) == 2, "a checkpoint that changed was not converted again"
+    load(open_checkpoint(folder))
+    shutil.rmtree(tmp_path / "nf4")
+    (tmp_path / "nf4").write_text("in the way")
+    load(open_checkpoint(folder), min_bytes=0)
+    assert "no converted copy was kept" in capsys.readouterr().err
 
 
 def test_without_nf4_the_weights_come_decoded_in_their_own_dtype(folder: Path):
@@ -187,7 +234,7 @@ def test_a_checkpoint_of_bitsandbytes_loads_as_it_decodes_it_and_comes_back_bit_
     for name, module in linears.items():
         weight = checkpoint.quantized(name)
         assert weight is not None
-        expected = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state).float().numpy()
+        expected = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state).float().numpy()  # pyright: ignore
         np.testing.assert_array_equal(jax.tree.map(jnp.asarray, weight).dequantize(jnp.float32), expected)
         plain.get_parameter(name).data = torch.from_numpy(expected)
         for part, array in stored_tensors(name, weight, checkpoint.tensors[name].dtype).items():

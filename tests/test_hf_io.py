@@ -279,7 +279,7 @@ OPENING: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config a list": (lambda f: _overwrite(f, "config.json", "[1]"), "must hold a JSON object, not list"),
     "quantized": (
         lambda f: _config(f, quantization_config={"quant_method": "bitsandbytes"}),
-        r"config\.json, field quantization_config: the checkpoint is quantized \(bitsandbytes\)",
+        r"config\.json, field quantization_config: 8-bit weights",
     ),
     "pickle": (
         lambda f: _only(f, "config.json", "pytorch_model.bin"),

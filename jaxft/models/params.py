@@ -65,6 +65,12 @@ def expected_tensors(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def quantizable_tensors(config: DecoderConfig) -> list[str]:
+    """HF names of the weights of the layers' linears, which quantization applies to."""
+    paths = [path for path, _ in parameters(abstract_decoder(config, jnp.float32)) if is_quantizable(path)]
+    return [name for path in paths for name in hf_names(path, config.num_hidden_layers)]
+
+
 def build_decoder(
     config: DecoderConfig,
     read: Callable[[str], np.ndarray | QTensor],
@@ -139,6 +145,12 @@ class TensorView(NamedTuple):
         """The tensor's shape, without the stack's leading [L]."""
         whole = self.layer is None or isinstance(self.value, QTensor)  # a stack of QTensors has one weight's shape
         return tuple(self.value.shape if whole else self.value.shape[1:])
+
+    def quantized(self) -> QTensor | None:
+        """The weight as it is held, on its device; None where it is not quantized."""
+        if not isinstance(self.value, QTensor):
+            return None
+        return self.value if self.layer is None else jax.tree.map(lambda array: array[self.layer], self.value)
 
     def read(self) -> np.ndarray:
         """The values on the host; a quantized weight comes dequantized, in float32."""
