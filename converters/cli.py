@@ -9,12 +9,13 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
 
 from jaxft.console import run_command, wrote
+from jaxft.errors import JaxftError
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
@@ -65,27 +66,45 @@ class JaxToHf:
 
 @dataclasses.dataclass(frozen=True)
 class ToGguf:
-    """Any checkpoint to a GGUF file for llama.cpp.
+    """Any checkpoint to GGUF files for llama.cpp.
 
     Attributes:
       source: a Hugging Face or Orbax folder, a .gguf file, or a name on the Hugging Face hub.
-      destination: the new file.
-      quantization: the type of the matrices: f32, f16, bf16 or q8_0.
-      overwrite: replace an existing file.
+      destination: the new file; where several types are asked for, the folder of the files model.TYPE.gguf.
+      type: one or more of f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k, q3_k_s, q3_k_m, q3_k_l, q4_k_s, q4_k_m,
+        q5_k_s, q5_k_m, q6_k, iq4_nl, iq4_xs, mxfp4, tq1_0, tq2_0.
+      overwrite: replace existing files.
     """
 
     source: Positional[str]
     destination: Positional[Path]
-    quantization: str = "q8_0"
+    type: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--quantization"])] = ("q8_0",)
     overwrite: bool = False
 
     def run(self) -> None:
         """Converts."""
-        from converters.gguf_export import write_gguf
+        from converters.gguf_export import check_quantization, write_gguf
         from converters.open import open_checkpoint
 
-        write_gguf(open_checkpoint(self.source), self.destination, self.quantization, overwrite=self.overwrite)
-        wrote(self.destination, f"GGUF, {self.quantization}")
+        for name in self.type:
+            check_quantization(name)
+        targets = self._targets()
+        checkpoint = open_checkpoint(self.source)
+        for name, target in targets.items():
+            write_gguf(checkpoint, target, name, overwrite=self.overwrite)
+            wrote(target, f"GGUF, {name}")
+
+    def _targets(self) -> dict[str, Path]:
+        """Type -> file; refused before any work if it exists."""
+        if len(self.type) == 1:
+            return {self.type[0]: self.destination}
+        if self.destination.suffix == ".gguf":
+            raise JaxftError(self.destination, f"is one file, for the types {', '.join(self.type)}", "Name a folder")
+        targets = {name: self.destination / f"model.{name.upper()}.gguf" for name in self.type}
+        for target in targets.values():
+            if target.exists() and not self.overwrite:
+                raise JaxftError(target, "exists already", "Choose another folder, or ask for overwriting")
+        return targets
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,8 @@ from converters.archs import arch_of
 from converters.archs.base import GGUFArch
 from converters.archs.gguf_rope import FREQUENCIES, rope_divisors
 from converters.checkpoint import Checkpoint
+from converters.gguf_mixes import MIXES, Choice, Mix, ModelFacts, choose_types
+from converters.gguf_quants import QUANTIZABLE, quantize
 from converters.gguf_tensors import gguf_names
 from converters.gguf_tokenizer import tokenizer_metadata
 from converters.load import check
@@ -25,21 +29,6 @@ from jaxft.errors import JaxftError
 from jaxft.files import new_file
 from jaxft.models.config import DecoderConfig
 from jaxft.models.params import expected_tensors
-
-
-class Quantization(NamedTuple):
-    """The type of a file's matrices, and what `general.file_type` calls such a file."""
-
-    type: GGMLQuantizationType
-    file_type: LlamaFileType
-
-
-QUANTIZATIONS = {
-    "f32": Quantization(GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "f16": Quantization(GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": Quantization(GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": Quantization(GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
 
 
 class _Tensor(NamedTuple):
@@ -65,19 +54,20 @@ def write_gguf(checkpoint: Checkpoint, path: Path | str, quantization: str, *, o
     Args:
       checkpoint: its tensors are read one after the other, each once.
       path: the file to be written; its folder must exist.
-      quantization: a name in `QUANTIZATIONS`, the type of the matrices. "q8_0" stores those whose rows are not a
-        multiple of 32 as float16, as llama.cpp's converter does.
+      quantization: a name in `gguf_mixes.MIXES`, which says the type of each matrix. A matrix whose rows are not whole
+        blocks of its type gets another, as in llama.cpp, and a warning says so.
       overwrite: replace an existing file.
 
     Raises:
       JaxftError: an unknown quantization, an architecture or tokenizer that GGUF cannot hold, tensors that do not fit
-        the config, an existing or unwritable `path` (all before any tensor is written); a value beyond float16's range.
+        the config, an existing or unwritable `path` (all before any tensor is written); a value that is not finite or
+        too large for the type.
     """
-    kind = check_quantization(quantization)
+    mix = check_quantization(quantization)
     arch = _architecture(checkpoint)
     config = check(checkpoint)
-    tensors = _plan(checkpoint, arch, config, kind.type)
-    metadata = _metadata(checkpoint, arch, config, kind.file_type)
+    tensors = _plan(checkpoint, arch, config, mix)
+    metadata = _metadata(checkpoint, arch, config, mix.file_type)
     try:
         with new_file(path, overwrite=overwrite) as temporary:
             _write(checkpoint, arch, temporary, tensors, metadata, _extra_tensors(config))
@@ -86,11 +76,11 @@ def write_gguf(checkpoint: Checkpoint, path: Path | str, quantization: str, *, o
     return Path(path)
 
 
-def check_quantization(name: str) -> Quantization:
-    """The row of `QUANTIZATIONS`; raises JaxftError with the known ones for any other name."""
-    if name not in QUANTIZATIONS:
-        raise JaxftError(f"GGUF quantization {name!r}", f"is not known (known: {', '.join(QUANTIZATIONS)})")
-    return QUANTIZATIONS[name]
+def check_quantization(name: str) -> Mix:
+    """The row of `MIXES`; raises JaxftError with the known ones for any other name."""
+    if name not in MIXES:
+        raise JaxftError(f"GGUF quantization {name!r}", f"is not known (known: {', '.join(MIXES)})")
+    return MIXES[name]
 
 
 def _architecture(checkpoint: Checkpoint) -> GGUFArch:
@@ -100,19 +90,25 @@ def _architecture(checkpoint: Checkpoint) -> GGUFArch:
     return spec.gguf
 
 
-def _plan(checkpoint: Checkpoint, arch: GGUFArch, config: DecoderConfig, kind: GGMLQuantizationType) -> list[_Tensor]:
+def _plan(checkpoint: Checkpoint, arch: GGUFArch, config: DecoderConfig, mix: Mix) -> list[_Tensor]:
     """What is written, in the checkpoint's order; a stored copy of a tied head or computed buffers are left out."""
     expected = expected_tensors(config)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name in expected}
     names = gguf_names(shapes, arch.name, config.num_hidden_layers)
-    return [_Tensor(hf, names[hf], shape, _tensor_type(names[hf], shape, kind)) for hf, shape in shapes.items()]
+    facts = ModelFacts(config.num_hidden_layers, config.num_attention_heads // config.num_key_value_heads)
+    choices = choose_types(mix, {names[hf]: shape for hf, shape in shapes.items()}, facts)
+    _warn_of_other_types(mix, choices.values())
+    return [_Tensor(hf, names[hf], shape, choices[names[hf]].type) for hf, shape in shapes.items()]
 
 
-def _tensor_type(name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizationType:
-    """llama.cpp's rules: float32 for vectors and norms, float16 where a row is no whole number of blocks."""
-    if len(shape) == 1 or name.endswith("_norm.weight"):
-        return GGMLQuantizationType.F32
-    return kind if shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else GGMLQuantizationType.F16
+def _warn_of_other_types(mix: Mix, choices: Collection[Choice]) -> None:
+    """Says where a tensor does not get the type that the file is named after."""
+    replaced = Counter((choice.wanted.name, choice.type.name) for choice in choices if choice.wanted != choice.type)
+    for (wanted, given), n in replaced.items():
+        warn(f"rows that are no whole blocks of {wanted} are stored as {given} instead ({n} matrices)")
+    experts = any(choice.type == GGMLQuantizationType.MXFP4 for choice in choices)
+    if mix.file_type == LlamaFileType.MOSTLY_MXFP4_MOE and not experts:
+        warn("llama.cpp's mxfp4 files hold experts in MXFP4; this model has none, so its matrices are stored as Q8_0")
 
 
 def _metadata(
@@ -187,11 +183,13 @@ def _encode(array: np.ndarray, tensor: _Tensor, where: object) -> np.ndarray:
     if tensor.type == GGMLQuantizationType.BF16:
         return np.ascontiguousarray(array.astype(ml_dtypes.bfloat16))
     try:
+        if tensor.type in QUANTIZABLE:
+            return quantize(array, tensor.type)
         with np.errstate(over="raise", invalid="raise"):
             return np.ascontiguousarray(gguf.quants.quantize(array.astype(np.float32, copy=False), tensor.type))
     except FloatingPointError as error:
         raise JaxftError(
             f"{where}, tensor {tensor.hf_name}",
-            f"has values that {tensor.type.name} cannot hold (NaN, infinite, or beyond float16's 65504)",
+            f"has values that {tensor.type.name} cannot hold (NaN, infinite, or a scale beyond float16's 65504)",
             "Write f32 or bf16 instead",
         ) from error

@@ -56,6 +56,16 @@ class LlamaCpp:
         finally:
             self.lib.llama_model_free(model)
 
+    def quantize(self, source: Path, target: Path, file_type: int) -> None:
+        """llama.cpp's own quantization of a GGUF file; `file_type` is a `gguf.LlamaFileType`."""
+        parameters = self.lib.llama_model_quantize_default_params()
+        parameters.ftype, parameters.nthread, parameters.allow_requantize = file_type, 2, True
+        self.messages.clear()
+        assert (
+            self.lib.llama_model_quantize(str(source).encode(), str(target).encode(), self.ffi.addressof(parameters))
+            == 0
+        ), self.messages
+
 
 def _load_declarations(package: Path) -> Any:
     """The declarations alone: the package itself would load its own libraries."""

@@ -57,6 +57,19 @@ def test_gguf_and_back(to: str, folder: Path, tmp_path: Path):
     assert tokenizer("What is 2 plus 3?")["input_ids"] == original("What is 2 plus 3?")["input_ids"]
 
 
+def test_several_types(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    out = tmp_path / "gguf"
+    assert run("to-gguf", folder, out, "--type", "bf16", "q8_0") == 0
+    assert sorted(path.name for path in out.iterdir()) == ["model.BF16.gguf", "model.Q8_0.gguf"]
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    capfd.readouterr()
+    assert run("to-gguf", folder, out, "--type", "f32", "q8_0") == EXIT_STATUS
+    assert "model.Q8_0.gguf: exists already" in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert run("to-gguf", folder, out, "--type", "f32", "q8_0", "--overwrite") == 0
+    assert len(list(out.iterdir())) == 3
+
+
 def test_overwrite(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     for command, out in (("hf-to-jax", tmp_path / "jax"), ("to-gguf", tmp_path / "model.gguf")):
         assert run(command, folder, out) == 0
@@ -100,6 +113,11 @@ def test_inspect(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
         (["jax-to-hf", "{hf}", "{out}"], "jaxft_checkpoint.json: cannot be read"),
         (["from-gguf", "{hf}/config.json", "{out}"], "config.json"),
         (["to-gguf", "{hf}", "{out}", "--quantization", "q9_9"], "q9_9"),
+        (["to-gguf", "{hf}", "{out}", "--type", "q8_0", "q9_9"], "q9_9"),
+        (
+            ["to-gguf", "{hf}", "{out}.gguf", "--type", "q8_0", "q4_0"],
+            "out.gguf: is one file, for the types q8_0, q4_0",
+        ),
         (["inspect", "{hf}/config.json"], "config.json: is not a .gguf file"),
         (["hf-to-jax", "{cut}", "{out}"], "model.safetensors: is truncated or corrupt"),
         (["to-gguf", "{cut}", "{out}"], "model.safetensors: is truncated or corrupt"),

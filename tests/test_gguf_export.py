@@ -14,9 +14,10 @@ import gguf_files
 from converters import gguf_export
 from converters.archs import ARCHS
 from converters.checkpoint import TensorInfo, stream
-from converters.gguf_export import QUANTIZATIONS, write_gguf
+from converters.gguf_export import write_gguf
 from converters.gguf_header import read_header
 from converters.gguf_import import GGUFCheckpoint
+from converters.gguf_quants import quantize
 from converters.hf_load import HFCheckpoint
 from jaxft.errors import JaxftError
 
@@ -80,6 +81,27 @@ def test_q8_0_is_ggufs_reference(make_tiny_hf: Any, tmp_path: Path) -> None:
     }
 
 
+def test_k_quants(make_tiny_hf: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The mix's types, each tensor's bytes by the quantizer of its type, and a warning where rows are too short."""
+    folder = make_tiny_hf(tmp_path / "hf", "bfloat16", hidden_size=256, num_attention_heads=16)
+    path = gguf_files.export(folder, tmp_path / "model.gguf", "q4_k_m")
+    assert "rows that are no whole blocks of Q4_K are stored as Q5_0 instead (2 matrices)" in capsys.readouterr().err
+    header, source = read_header(path), HFCheckpoint(folder)
+    assert header.metadata["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_K_M
+    expected = {"ffn_gate": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q8_0", "attn_output": "Q4_K"}
+    assert {part: header.tensors[f"blk.2.{part}.weight"].type.name for part in expected} == expected
+    for part, kind in (("gate", "Q4_K"), ("down", "Q8_0")):
+        stored = gguf_files.raw_bytes(path, header, f"blk.2.ffn_{part}.weight")
+        array = source.read(f"model.layers.2.mlp.{part}_proj.weight")
+        assert stored == quantize(array, GGMLQuantizationType[kind]).tobytes()
+
+
+def test_mxfp4_without_experts(tiny_hf_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header = read_header(gguf_files.export(tiny_hf_dir, tmp_path / "model.gguf", "mxfp4"))
+    assert {entry.type.name for entry in header.tensors.values()} == {"Q8_0", "F32"}
+    assert "this model has none, so its matrices are stored as Q8_0" in capsys.readouterr().err
+
+
 def test_q_and_k_rows_are_interleaved(tiny_hf_dir: Path, tmp_path: Path) -> None:
     """llama.cpp rotates neighbours: HF's rows i and i + H/2 of a head come one after the other."""
     path = gguf_files.export(tiny_hf_dir, tmp_path / "model.gguf")
@@ -136,8 +158,8 @@ def refuse(checkpoint: Any, path: Path, quantization: str, message: str) -> None
 def test_unknown_quantization_comes_first(tiny_hf_dir: Path, tmp_path: Path) -> None:
     """Before the checkpoint is looked at, which would be refused too."""
     checkpoint = InMemory(HFCheckpoint(tiny_hf_dir), {}, model_type="mamba")
-    for name in ("q4_k_m", "F32", ""):
-        refuse(checkpoint, tmp_path / "model.gguf", name, r"is not known \(known: f32, f16, bf16, q8_0\)")
+    for name in ("q9_9", "F32", ""):
+        refuse(checkpoint, tmp_path / "model.gguf", name, r"is not known \(known: f32, f16, bf16, q8_0, q4_0,")
 
 
 def test_existing_file(tiny_hf_dir: Path, tmp_path: Path) -> None:
@@ -200,9 +222,8 @@ def test_broken_model_card(make_tiny_hf: Any, tmp_path: Path) -> None:
     refuse(HFCheckpoint(folder), tmp_path / "model.gguf", "f32", "YAML front matter cannot be read")
 
 
-def test_every_quantization_and_architecture_is_ggufs() -> None:
-    """The registries only use names that gguf knows."""
-    assert {row.type.name.lower() for row in QUANTIZATIONS.values()} == set(QUANTIZATIONS)
+def test_every_architecture_is_ggufs() -> None:
+    """The registry only uses names that gguf knows."""
     assert {spec.gguf.name for spec in ARCHS.values() if spec.gguf} <= set(gguf.MODEL_ARCH_NAMES.values())
 
 

@@ -91,7 +91,7 @@ def rms_on_top10(model: Any) -> float:
 
 
 # What rounding the weights to the type alone moves the logits by; float32 is the bar of exactness.
-LARGEST_RMS = {"f32": 1e-4, "f16": 0.02, "bf16": 0.1, "q8_0": 0.6}
+LARGEST_RMS = {"f32": 1e-4, "f16": 0.02, "bf16": 0.1, "q8_0": 0.6, "q6_k": 0.9, "q4_k_m": 1.6}
 
 
 @pytest.mark.parametrize("quantization", LARGEST_RMS)

@@ -1,0 +1,80 @@
+"""The type of each tensor is llama.cpp's: by stored lists, and in the slow tier the whole files, byte for byte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gguf_files
+from converters.checkpoint import Checkpoint
+from converters.gguf_export import write_gguf
+from converters.gguf_header import read_header
+from converters.gguf_import import GGUFCheckpoint
+from converters.gguf_mixes import MIXES, choose_types
+from converters.hf_load import HFCheckpoint
+from gguf_mix_cases import MODELS, compact, shapes_and_facts
+from jaxft.fetch import Pinned
+from llamacpp import LlamaCpp
+from pinned import LLAMA_CPP, LLAMA_CPP_DECLARATIONS
+
+VECTORS = json.loads((Path(__file__).parent / "vectors/gguf_mixes.json").read_text())
+
+
+def test_every_mix_is_among_the_vectors() -> None:
+    assert {model: list(mixes) for model, mixes in VECTORS.items()} == {model: list(MIXES) for model in MODELS}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_types_are_llamacpps(model: str) -> None:
+    shapes, facts = shapes_and_facts(MODELS[model])
+    for name, mix in MIXES.items():
+        types = {tensor: choice.type.name for tensor, choice in choose_types(mix, shapes, facts).items()}
+        assert compact(types) == VECTORS[model][name], name
+
+
+@pytest.fixture(scope="module")
+def llama(unpacked: Callable[[Pinned], Path]) -> LlamaCpp:
+    return LlamaCpp(unpacked(LLAMA_CPP), unpacked(LLAMA_CPP_DECLARATIONS))
+
+
+def compare(checkpoint: Checkpoint, mix: str, folder: Path, llama: LlamaCpp, types: dict[str, str]) -> None:
+    """Our file and llama.cpp's of the same F32 file: the same metadata, types, bytes of every tensor, and size."""
+    exact, ours, theirs = (folder / name for name in ("f32.gguf", "ours.gguf", "theirs.gguf"))
+    if not exact.exists():
+        write_gguf(checkpoint, exact, "f32")
+    llama.quantize(exact, theirs, MIXES[mix].file_type)
+    write_gguf(checkpoint, ours, mix, overwrite=True)
+    header, reference = read_header(ours), read_header(theirs)
+    assert header.metadata.keys() == reference.metadata.keys()
+    for key, value in header.metadata.items():
+        assert np.array_equal(value, reference.metadata[key]), key
+    assert compact({name: entry.type.name for name, entry in reference.tensors.items()}) == types
+    assert header.tensors.keys() == reference.tensors.keys()
+    different = [
+        name
+        for name, entry in header.tensors.items()
+        if entry.type != reference.tensors[name].type
+        or gguf_files.raw_bytes(ours, header, name) != gguf_files.raw_bytes(theirs, reference, name)
+    ]
+    assert different == []
+    assert ours.stat().st_size == theirs.stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [model for model in MODELS if model != "smollm2"])
+def test_files_are_llamacpps(model: str, make_tiny_hf: Any, tmp_path: Path, llama: LlamaCpp) -> None:
+    """Random weights in shapes of which K-quants are made."""
+    checkpoint = HFCheckpoint(make_tiny_hf(tmp_path / "hf", **MODELS[model]))
+    for mix, types in VECTORS[model].items():
+        compare(checkpoint, mix, tmp_path, llama, types)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mix", ["q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k", "iq4_xs"])
+def test_smollm2_is_llamacpps(mix: str, smollm2_gguf: Path, tmp_path: Path, llama: LlamaCpp) -> None:
+    compare(GGUFCheckpoint(smollm2_gguf), mix, tmp_path, llama, VECTORS["smollm2"][mix])
