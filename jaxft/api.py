@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,7 @@ from jaxft.errors import JaxftError
 from jaxft.fetch import cache_dir
 from jaxft.files import prepare_output_dir
 from jaxft.generate import Sampling, generate
+from jaxft.generation.text import StopStrings, TextStream
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
 from jaxft.models.labels import split
@@ -80,20 +81,32 @@ class LanguageModel:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        seed: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        num_return_sequences: int = 1,
+        seed: int | Sequence[int] = 0,
         eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
         batch_size: int = 64,
+        on_tokens: Callable[[int, list[int]], None] | None = None,
     ) -> list[list[int]]:
-        """Each row's prompt followed by its new tokens, up to and including the end-of-sequence token.
+        """Each row's prompt followed by its new tokens, up to and including what ended it.
 
         Args:
           input_ids: token ids, rows of any lengths, or an array [B, T].
           attention_mask: 0 where an array's row is padding, left or right; the padding is dropped.
           max_new_tokens: at most so many.
-          do_sample: draw with temperature, top_k and top_p; otherwise take the most likely token.
-          seed: noise depends on it and on the row and position only.
+          do_sample: draw with temperature, top_k, top_p and min_p; otherwise take the most likely token.
+          temperature, top_k, top_p, min_p, repetition_penalty: see `jaxft.generate.Sampling`.
+          num_return_sequences: how many rows each prompt gets.
+          seed: noise depends on it and on the row and position only; or one for each row.
           eos_token_id: None takes `eos_token_ids`.
+          stop_strings: texts that end a row, too.
           batch_size: rows that are generated at once.
+          on_tokens: is called with a row's number and its next tokens, as they are drawn.
+
+        Raises:
+          JaxftError: a setting out of range, a prompt that does not fit the model, or stop strings without a tokenizer.
         """
         rows = [[int(token) for token in row] for row in np.asarray(input_ids)] if _is_array(input_ids) else input_ids
         prompts = [list(map(int, row)) for row in rows]
@@ -104,32 +117,41 @@ class LanguageModel:
                 [t for t, keep in zip(*pair, strict=True) if keep] for pair in zip(prompts, attention_mask, strict=True)
             ]
         eos = self.eos_token_ids() if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
-        sampling = Sampling(temperature, top_k, top_p) if do_sample else Sampling()
+        drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p} if do_sample else {}
         new = generate(
             self.decoder,
             prompts,
             max_new_tokens=max_new_tokens,
+            num_return_sequences=num_return_sequences,
             eos_token_ids=eos,
-            sampling=sampling,
+            stop=StopStrings(stop_strings, self.text_of) if stop_strings else None,
+            sampling=Sampling(**drawing, repetition_penalty=repetition_penalty),
             seed=seed,
             batch_size=batch_size,
+            on_tokens=on_tokens,
         )
-        return [prompt + tokens for prompt, tokens in zip(prompts, new, strict=True)]
+        return [prompts[row // num_return_sequences] + tokens for row, tokens in enumerate(new)]
 
-    def answer(self, prompts: Sequence[str], *, chat: bool = True, **settings: Any) -> list[str]:
+    def answer(
+        self,
+        prompts: Sequence[str],
+        *,
+        chat: bool = True,
+        on_text: Callable[[int, str], None] | None = None,
+        **settings: Any,
+    ) -> list[str]:
         """The model's text for each prompt.
 
         Args:
           prompts: texts.
           chat: put each into the tokenizer's chat template as the user's turn; False continues the text itself.
-          settings: see `generate`.
+          on_text: is called with a prompt's number and its next piece of text, as it is made.
+          settings: see `generate`, but for num_return_sequences and on_tokens.
 
         Raises:
           JaxftError: no tokenizer, or no chat template where `chat` asks for one.
         """
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            raise JaxftError(self.name, "has no tokenizer", "Load a checkpoint that has tokenizer files")
+        tokenizer = self._tokenizer()
         if chat and not tokenizer.chat_template:
             raise JaxftError(self.name, "its tokenizer has no chat template", "Pass chat=False to continue plain text")
         if chat:
@@ -141,9 +163,18 @@ class LanguageModel:
             ]
         else:
             rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        outputs = self.generate(rows, **settings)
+        on_tokens = TextStream(self.text_of, on_text) if on_text else None
+        outputs = self.generate(rows, on_tokens=on_tokens, **settings)
         new = [output[len(row) :] for row, output in zip(rows, outputs, strict=True)]
         return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def text_of(self, tokens: list[int]) -> str:
+        """The text of token ids, without special tokens.
+
+        Raises:
+          JaxftError: no tokenizer.
+        """
+        return str(self._tokenizer().decode(tokens, skip_special_tokens=True))
 
     def eos_token_ids(self) -> list[int]:
         """What ends a generated row: the eos_token_id (one or several) of generation config, config and tokenizer."""
@@ -217,6 +248,11 @@ class LanguageModel:
             write_gguf(self._merged(base), path, method, overwrite=overwrite)
             console.wrote(path, f"GGUF, from the {base} weights")
         return paths
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise JaxftError(self.name, "has no tokenizer", "Load a checkpoint that has tokenizer files")
+        return self.tokenizer
 
     def _adapter(self) -> Adapter:
         from converters.peft_io import make_adapter

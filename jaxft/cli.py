@@ -104,8 +104,12 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop_strings: tuple[str, ...] = (),
     seed: int = 0,
     chat: bool = True,
+    stream: bool = False,
 ) -> None:
     """Print a model's answers to one or more prompts.
 
@@ -117,9 +121,15 @@ def generate(
       temperature: of the drawing.
       top_k: draw from the k most likely tokens; 0 is all.
       top_p: draw from the most likely tokens that together reach this probability.
+      min_p: draw from the tokens that are at least so many times as likely as the most likely one.
+      repetition_penalty: make tokens that were there before less likely; 1 is off.
+      stop_strings: texts that end an answer.
       seed: of the drawing.
       chat: put each prompt into the tokenizer's chat template as the user's turn.
+      stream: print the answer to a single prompt while it is made.
     """
+    if stream and len(prompt) > 1:
+        raise JaxftError("stream", "prints one answer while it is made", "Give one prompt")
     language_model = model.load()
     answers = language_model.answer(
         prompt,
@@ -129,9 +139,13 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop_strings=stop_strings,
         seed=seed,
+        on_text=(lambda _, piece: print(piece, end="", flush=True)) if stream else None,
     )
-    for text in answers:
+    for text in [""] if stream else answers:
         print(text)
 
 

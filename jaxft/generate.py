@@ -1,15 +1,15 @@
-"""Generation: prefill and decode as one jitted program over a KV cache; every row has its own length.
+"""Generation: a few slots decode together, and a queue of completions refills the ones that are done.
 
-Prompts stand at the start of their row, whatever their length: a query sees only the cache slots up to its own
-position, so what stands behind a short prompt is never seen and is overwritten by the tokens that follow.
+Every row has its own length; a prompt is run once for all of its completions; the host looks only every `CHUNK`
+tokens, or when a slot is free and a completion waits for it. The device's half is `jaxft.generation.slots`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
-from functools import partial
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,86 +17,231 @@ import numpy as np
 from flax import nnx
 
 from jaxft.errors import JaxftError
+from jaxft.generation import slots as device
+from jaxft.generation.sampling import GREEDY, Sampling
+from jaxft.generation.text import StopStrings
+from jaxft.models.attention import KVCache
 from jaxft.models.config import DecoderConfig
-from jaxft.models.decoder import Decoder, KVCache
+from jaxft.models.decoder import Decoder
 
-BUCKET = 64  # prompt and cache lengths are rounded up to it, so that few shapes are compiled
+__all__ = ["BUCKET", "CHUNK", "Completions", "Sampling", "complete", "generate"]
+
+BUCKET = 64  # the least length of prompts and cache; longer ones are powers of two, so that few programs are compiled
+CHUNK = 32  # tokens that the device draws before the host looks
+STREAMED = 4  # the same where somebody watches them
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn.
+class Completions:
+    """What `complete` returns, N completions: those of the first prompt, those of the second, and so on.
 
     Attributes:
-      temperature: 0 takes the most likely token.
-      top_k: keep only the k most likely; 0 keeps all.
-      top_p: keep the smallest set of most likely tokens whose probability reaches it (arXiv:1904.09751); 1 keeps all.
+      tokens: the new tokens of each, up to and including what ended it.
+      log_probs: float32 [N, max_new_tokens] on the device: each token's log-probability, 0 behind the last; see
+        `jaxft.generation.sampling` for of which distribution.
+      finished: whether each was ended by an end-of-sequence token or a stop string, not by its length.
+      utilisation: which part of the slots' steps drew one of `tokens`.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise JaxftError("temperature", f"must not be negative, not {self.temperature}")
-        if self.top_k < 0:
-            raise JaxftError("top_k", f"must not be negative, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise JaxftError("top_p", f"must be in (0, 1], not {self.top_p}")
+    tokens: list[list[int]]
+    log_probs: jax.Array
+    finished: list[bool]
+    utilisation: float
 
 
-def generate(
+def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
+    """The `tokens` of what `complete` returns with these settings."""
+    return complete(decoder, prompts, **settings).tokens
+
+
+def complete(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
+    num_return_sequences: int = 1,
     eos_token_ids: Collection[int] = (),
-    sampling: Sampling = Sampling(),
-    seed: int = 0,
+    stop: StopStrings | None = None,
+    sampling: Sampling = GREEDY,
+    seed: int | Sequence[int] = 0,
     batch_size: int = 64,
-) -> list[list[int]]:
-    """The new tokens of each prompt, up to and including the first of `eos_token_ids`.
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+) -> Completions:
+    """Continues prompts.
 
     Args:
-      decoder: the model, adapters included.
+      decoder: the model, adapters included; a quantized base is used as it is.
       prompts: token ids, at least one each.
-      max_new_tokens: at most so many for each prompt.
-      eos_token_ids: what ends a row.
-      sampling: how tokens are drawn; noise depends on (seed, row, position) only.
-      batch_size: rows that are generated at once.
+      max_new_tokens: at most so many for each completion, or for each prompt's.
+      num_return_sequences: completions of each prompt, which is run once for all of them.
+      eos_token_ids: what ends a completion.
+      stop: strings that end a completion, too; what was drawn behind one is dropped.
+      sampling: how tokens are drawn.
+      seed: of the call; or one for each completion, whose noise then depends on its seed and the position only.
+      batch_size: slots, that is, completions that are decoded at once.
+      on_tokens: is called with a completion's number and its next tokens, as they are drawn.
 
     Raises:
       JaxftError: an empty prompt, one that leaves no room below the model's max_position_embeddings, a token without an
         embedding, or a setting that is not positive.
     """
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+    limits = _for_each("max_new_tokens", max_new_tokens, len(prompts))
+    settings = (("num_return_sequences", num_return_sequences), ("batch_size", batch_size))
+    for name, value in (*settings, *(("max_new_tokens", limit) for limit in limits)):
         if value < 1:
             raise JaxftError(name, f"must be at least 1, not {value}")
-    for row, prompt in enumerate(prompts):
-        _check_prompt(f"prompt {row}", prompt, max_new_tokens, decoder.config)
-    graphdef, params = nnx.split(decoder)
-    eos = jnp.asarray(sorted(eos_token_ids), jnp.int32)
-    results: list[list[int]] = []
-    for start in range(0, len(prompts), batch_size):
-        rows = prompts[start : start + batch_size]
-        size = batch_size if len(prompts) > batch_size else len(rows)
-        tokens, lengths = _pad(rows, size)
-        row_ids = jnp.arange(start, start + size, dtype=jnp.int32)
-        new, counts = _generate(
-            graphdef,
-            params,
-            tokens,
-            lengths,
-            row_ids,
-            jax.random.key(seed),
-            eos,
-            sampling=sampling,
-            max_new_tokens=max_new_tokens,
+    for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        _check_prompt(f"prompt {row}", prompt, limit, decoder.config)
+    total = len(prompts) * num_return_sequences
+    keys = _keys(seed, total)
+    if not total:
+        return Completions([], jnp.zeros((0, 0), jnp.float32), [], 1.0)
+    slots, capacity = min(batch_size, total), bucket(max(map(len, prompts)) + CHUNK)
+    batch = _Batch(
+        model=nnx.split(decoder),
+        prompts=prompts,
+        lengths=np.repeat([len(prompt) for prompt in prompts], num_return_sequences),
+        limits=np.repeat(limits, num_return_sequences),
+        keys=keys,
+        eos=np.asarray(sorted(eos_token_ids), np.int32),
+        stop=stop,
+        sampling=sampling,
+        on_tokens=on_tokens,
+        slots=device.Slots.idle(decoder, slots, capacity, sampling),
+        results=device.Results.empty(bucket(total, least=1), bucket(max(limits))),
+    )
+    while batch.refill():
+        batch.decode()
+    return batch.completions()
+
+
+@dataclasses.dataclass
+class _Batch:
+    """One call of `complete`: the host's view of its N completions and B slots.
+
+    Attributes:
+      model: the decoder, split.
+      prompts: token ids.
+      lengths, limits: int [N], of each completion's prompt, and how many tokens it may have.
+      keys: PRNG keys [N].
+      eos, stop, sampling, on_tokens: as of `complete`, eos as an array.
+      slots, results: what is on the device.
+    """
+
+    model: tuple[nnx.GraphDef, nnx.State]
+    prompts: Sequence[Sequence[int]]
+    lengths: np.ndarray
+    limits: np.ndarray
+    keys: jax.Array
+    eos: np.ndarray
+    stop: StopStrings | None
+    sampling: Sampling
+    on_tokens: Callable[[int, list[int]], None] | None
+    slots: device.Slots
+    results: device.Results
+
+    def __post_init__(self) -> None:
+        total = len(self.lengths)
+        self.waiting = deque(range(total))
+        self.occupants: list[int | None] = [None] * self.slots.token.shape[0]
+        self.counts = np.zeros(total, int)
+        self.stopped = np.zeros(total, bool)
+        self.steps = 0
+        self.prefilled: tuple[int, np.ndarray, KVCache] | None = None
+
+    def refill(self) -> bool:
+        """Gives idle slots the next completions; False when no slot has any."""
+        for slot, occupant in enumerate(self.occupants):
+            if occupant is None and self.waiting:
+                self.occupants[slot] = row = self.waiting.popleft()
+                tokens, prompt = self._prefill(row * len(self.prompts) // len(self.lengths))
+                numbers = map(np.int32, (self.lengths[row], slot, row, self.limits[row]))
+                self.slots = device.admit(self.slots, prompt, tokens, *numbers, self.keys[row])
+        return any(row is not None for row in self.occupants)
+
+    def decode(self) -> None:
+        """Draws tokens until the host has to look, and sees which completions are done."""
+        self._make_room()
+        occupied = np.asarray([row is not None for row in self.occupants])
+        self.slots, self.results, steps = device.decode(
+            *self.model,
+            self.slots,
+            self.results,
+            self.eos,
+            occupied,
+            np.int32(STREAMED if self.on_tokens else CHUNK),
+            bool(self.waiting),
+            sampling=self.sampling,
         )
-        new, counts = np.asarray(new), np.asarray(counts)
-        results += [new[i, : counts[i]].tolist() for i in range(len(rows))]
-    return results
+        steps, left, counts = jax.device_get((steps, self.slots.left, self.results.counts))
+        self.steps += int(steps)
+        tokens = np.asarray(self.results.tokens) if self.stop or self.on_tokens else None
+        for slot, row in enumerate(self.occupants):
+            if row is not None:
+                before, self.counts[row] = self.counts[row], counts[row]
+                if tokens is not None:
+                    self._look_at(row, tokens[row, : counts[row]].tolist(), int(before))
+                if left[slot] == 0 or self.stopped[row]:
+                    self.occupants[slot] = None
+
+    def completions(self) -> Completions:
+        """The results, when all is done."""
+        on_host = np.asarray(self.results.tokens)
+        tokens = [on_host[row, :count].tolist() for row, count in enumerate(self.counts)]
+        width = self.limits.max()
+        drawn = np.arange(width)[None, :] < self.counts[:, None]
+        return Completions(
+            tokens=tokens,
+            log_probs=jnp.where(drawn, self.results.log_probs[: len(tokens), :width], 0),
+            finished=[bool(self.stopped[row]) or new[-1] in self.eos for row, new in enumerate(tokens)],
+            utilisation=float(self.counts.sum() / (self.steps * len(self.occupants))),
+        )
+
+    def _prefill(self, index: int) -> tuple[np.ndarray, KVCache]:
+        """A prompt's padded tokens and cache; kept for its other completions, which come next."""
+        if self.prefilled is None or self.prefilled[0] != index:
+            prompt = self.prompts[index]
+            tokens = np.zeros(bucket(len(prompt)), np.int32)
+            tokens[: len(prompt)] = prompt
+            self.prefilled = index, tokens, device.prefill(*self.model, tokens[None])
+        return self.prefilled[1:]
+
+    def _make_room(self) -> None:
+        """Makes the cache hold what the busy slots may draw until the host looks again."""
+        rows = [row for row in self.occupants if row is not None]
+        need = bucket(int(np.max(self.lengths[rows] + np.minimum(self.counts[rows] + CHUNK, self.limits[rows]))))
+        if need > self.slots.capacity:
+            self.slots = device.grow(self.slots, need)
+
+    def _look_at(self, row: int, tokens: list[int], before: int) -> None:
+        """Ends a completion with a stop string, and passes on what is new in it."""
+        end = self.stop(tokens, len(tokens) - before) if self.stop else None
+        if end is not None:
+            self.counts[row], self.stopped[row] = end, True
+        if self.on_tokens:
+            self.on_tokens(row, tokens[before:end])
+
+
+def bucket(length: int, least: int = BUCKET) -> int:
+    """The least power of two that is not below `length`, nor below `least`."""
+    return max(least, 1 << (length - 1).bit_length())
+
+
+def _keys(seed: int | Sequence[int], total: int) -> jax.Array:
+    """One PRNG key for each completion."""
+    if isinstance(seed, int):
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(total))
+    if len(seed) != total:
+        raise JaxftError("seed", f"has {len(seed)} values for {total} completions")
+    return jax.vmap(jax.random.key)(jnp.asarray(seed, jnp.uint32))
+
+
+def _for_each(name: str, value: int | Sequence[int], total: int) -> list[int]:
+    """A setting's value for each prompt."""
+    values = [value] * total if isinstance(value, int) else list(value)
+    if len(values) != total:
+        raise JaxftError(name, f"has {len(values)} values for {total} prompts")
+    return values
 
 
 def _check_prompt(where: str, prompt: Sequence[int], max_new_tokens: int, config: DecoderConfig) -> None:
@@ -110,102 +255,3 @@ def _check_prompt(where: str, prompt: Sequence[int], max_new_tokens: int, config
     unknown = [token for token in prompt if not 0 <= token < config.vocab_size]
     if unknown:
         raise JaxftError(where, f"has the token id {unknown[0]}, and the model has only {config.vocab_size} embeddings")
-
-
-def _pad(rows: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 [size, a multiple of BUCKET] and lengths int32 [size]; rows beyond `rows` repeat the first."""
-    rows = [*rows, *[rows[0]] * (size - len(rows))]
-    longest = max(len(row) for row in rows)
-    tokens = np.zeros((size, -(-longest // BUCKET) * BUCKET), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-    return tokens, np.asarray([len(row) for row in rows], np.int32)
-
-
-class _Loop(NamedTuple):
-    """The decode loop's state: `token` [B] was drawn last and is not in the cache yet."""
-
-    count: jax.Array
-    token: jax.Array
-    done: jax.Array
-    out: jax.Array
-    counts: jax.Array
-    cache: KVCache
-
-
-@partial(jax.jit, static_argnames=("graphdef", "sampling", "max_new_tokens"))
-def _generate(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    row_ids: jax.Array,
-    key: jax.Array,
-    eos: jax.Array,
-    *,
-    sampling: Sampling,
-    max_new_tokens: int,
-) -> tuple[jax.Array, jax.Array]:
-    """New tokens int32 [B, max_new_tokens] and how many of them count [B]."""
-    decoder: Decoder = nnx.merge(graphdef, params)
-    batch, width = tokens.shape
-    slots = -(-(width + max_new_tokens) // BUCKET) * BUCKET
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
-
-    def draw(hidden_BD: jax.Array, positions: jax.Array) -> jax.Array:
-        logits_BV = decoder.logits(hidden_BD[:, None])[:, 0]
-        return sample(logits_BV, jax.vmap(jax.random.fold_in)(keys, positions), sampling)
-
-    cache = KVCache.zeros(decoder.config, batch, slots, decoder.model.embed_tokens.weight.get_value().dtype)
-    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
-    hidden, cache = decoder.extend(tokens, positions, cache)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    first = draw(last, lengths)
-    start = _Loop(
-        count=jnp.int32(0),
-        token=first,
-        done=jnp.zeros(batch, bool),
-        out=jnp.zeros((batch, max_new_tokens), jnp.int32),
-        counts=jnp.zeros(batch, jnp.int32),
-        cache=cache,
-    )
-
-    def record(loop: _Loop) -> _Loop:
-        """Notes the drawn tokens of the rows that are not done, then marks the rows that ended with them."""
-        out = loop.out.at[:, loop.count].set(jnp.where(loop.done, 0, loop.token))
-        counts = loop.counts + (~loop.done).astype(jnp.int32)
-        done = loop.done | jnp.any(loop.token[:, None] == eos[None, :], axis=1)
-        return loop._replace(out=out, counts=counts, done=done, count=loop.count + 1)
-
-    def advance(loop: _Loop) -> _Loop:
-        positions = lengths + loop.count - 1
-        hidden, cache = decoder.extend(loop.token[:, None], positions[:, None], loop.cache)
-        return record(loop._replace(token=draw(hidden[:, 0], positions + 1), cache=cache))
-
-    def unfinished(loop: _Loop) -> jax.Array:
-        return (loop.count < max_new_tokens) & ~jnp.all(loop.done)
-
-    final = jax.lax.while_loop(unfinished, advance, record(start))
-    return final.out, final.counts
-
-
-def sample(logits_BV: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """One token int32 [B] for each row of float32 logits [B, V], with one PRNG key a row."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = filter_logits(logits_BV / sampling.temperature, sampling)
-    return jax.vmap(jax.random.categorical)(keys, logits_BV).astype(jnp.int32)
-
-
-def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """-inf for what top_k and then top_p leave out."""
-    if sampling.top_k:
-        kth = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < kth, -jnp.inf, logits_BV)
-    if sampling.top_p < 1:
-        order = jnp.sort(logits_BV, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(order, axis=-1)
-        # A token stays while the mass before it is short of top_p, so the most likely one always does.
-        kept = jnp.sum(jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p, axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < jnp.take_along_axis(order, kept - 1, axis=-1), -jnp.inf, logits_BV)
-    return logits_BV

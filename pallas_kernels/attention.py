@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import attention_cudnn, attention_pallas
+from pallas_kernels import attention_cudnn, attention_decode, attention_pallas
 from pallas_kernels.op import Case, Choice, Implementation, Op, normal, register
 from pallas_kernels.precision import einsum_float32
 
@@ -117,6 +117,7 @@ def cached_attention(
     q_positions: jax.Array,
     *,
     scale: float,
+    layer: jax.Array | int | None = None,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
@@ -126,14 +127,16 @@ def cached_attention(
 
     Args:
       q: [B, T, N, H].
-      k_cache: [B, S, K, H], dtype of q. Slots that no query sees may hold any finite value.
+      k_cache: [B, S, K, H], or of all layers [L, B, S, K, H], dtype of q. Slots that no query sees may hold any finite
+        value.
       v_cache: as k_cache.
       q_positions: int32 [B, T]; a query sees the slots s <= its position. A negative one sees nothing: zeros.
       scale: multiplies q . k.
+      layer: int32 [], which of all layers' caches.
       sliding_window: how many slots a query sees at most, its own included.
       soft_cap: as in `attention`.
       sinks: as in `attention`.
-      implementation: "xla" or None.
+      implementation: "pallas" (one query a row), "xla" or None.
 
     Returns:
       [B, T, N, H] in q's dtype.
@@ -149,13 +152,15 @@ def cached_attention(
     >>> f"{cached_attention(q, cache, cache, position, scale=1.0)[0, 0, 0, 0]:.1f}"
     '2.0'
     """
-    _check(q, k_cache, v_cache, sliding_window, soft_cap, sinks)
+    k, v = (x if layer is None else jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (k_cache, v_cache))
+    _check(q, k, v, sliding_window, soft_cap, sinks)
     return CACHED_ATTENTION(
         q,
         k_cache,
         v_cache,
         q_positions,
         scale=scale,
+        layer=layer,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
         sinks=sinks,
@@ -165,8 +170,8 @@ def cached_attention(
 
 def _check(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | jax.ShapeDtypeStruct,
+    v: jax.Array | jax.ShapeDtypeStruct,
     sliding_window: int | None,
     soft_cap: float | None,
     sinks: jax.Array | None,
@@ -376,13 +381,22 @@ def _cached_reference(
     q_positions: jax.Array,
     *,
     scale: float,
+    layer: jax.Array | int | None = None,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
+    if layer is not None:
+        k_cache, v_cache = k_cache[layer], v_cache[layer]
     key_index = jnp.arange(k_cache.shape[1], dtype=jnp.int32)[None, :]
     seen = _seen(q_positions, key_index, sliding_window)
     return _attend(q, k_cache, v_cache, sinks, scale, soft_cap, seen)[0]
+
+
+def _cached_rank(platform: str, q: jax.Array, *args: Any, **kwargs: Any) -> tuple[Choice, ...]:
+    if platform != "gpu":
+        return (Choice("xla", "kernels run on GPUs only"),)
+    return (Choice("pallas", "it reads the cache in place, and only up to each row's position"),)
 
 
 def _case(
@@ -421,9 +435,10 @@ def _cached_case(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: bool = False,
+    layers: int | None = None,
 ) -> Case:
     batch, length, slots, num_heads, num_kv_heads, head_dim = sizes
-    cache_shape = (batch, slots, num_kv_heads, head_dim)
+    cache_shape = (*(() if layers is None else (layers,)), batch, slots, num_kv_heads, head_dim)
 
     def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
         arguments: dict[str, Any] = {
@@ -432,6 +447,7 @@ def _cached_case(
             "v_cache": normal(rng, cache_shape, dtype),
             "q_positions": jnp.asarray(np.array(positions, np.int32)),
             "scale": 1 / math.sqrt(head_dim),
+            "layer": None if layers is None else jnp.int32(layers - 1),
             "sliding_window": window,
             "soft_cap": soft_cap,
         }
@@ -464,10 +480,18 @@ ATTENTION = register(
 CACHED_ATTENTION = register(
     Op(
         name="cached_attention",
-        implementations={"xla": Implementation(_cached_reference)},
+        replaces="a copy of the layer's cache, scores, softmax, product",
+        saves="the copy; slots behind a row's position",
+        implementations={
+            "xla": Implementation(_cached_reference),
+            "pallas": Implementation(attention_decode.cached_attention, attention_decode.refuses),
+        },
+        rank=_cached_rank,
         cases=(
-            _cached_case("prefill", (2, 5, 9, 4, 2, 16), [[0, 1, 2, 3, 4], [0, 1, 2, -1, -1]]),
             _cached_case("one step, rows at different positions", (3, 1, 17, 6, 2, 10), [[0], [7], [16]]),
+            _cached_case("prefill", (2, 5, 9, 4, 2, 16), [[0, 1, 2, 3, 4], [0, 1, 2, -1, -1]]),
+            _cached_case("blocks, layer of a stack", (3, 1, 150, 4, 2, 16), [[149], [70], [-1]], layers=2),
+            _cached_case("step: blocks, window, cap, sinks", (2, 1, 99, 6, 2, 8), [[98], [40]], 39, 1.5, sinks=True),
             _cached_case("window", (2, 3, 11, 2, 2, 8), [[4, 5, 6], [0, 1, 2]], window=4),
             _cached_case("soft cap and sinks", (1, 3, 11, 4, 2, 8), [[4, 5, -1]], soft_cap=1.5, sinks=True),
         ),

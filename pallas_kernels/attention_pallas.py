@@ -54,7 +54,7 @@ class Tiling:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Facts:
+class Facts:
     """What a kernel knows when it is compiled. `width` is the head size as a power of two."""
 
     length: int
@@ -223,8 +223,8 @@ def _present(*arguments: jax.Array | None) -> list[jax.Array]:
     return [argument for argument in arguments if argument is not None]
 
 
-def _facts(q, k, segment_ids, sinks, scale, sliding_window, soft_cap, tiling) -> _Facts:
-    return _Facts(
+def _facts(q, k, segment_ids, sinks, scale, sliding_window, soft_cap, tiling) -> Facts:
+    return Facts(
         length=q.shape[1],
         head_dim=q.shape[3],
         group=q.shape[2] // k.shape[2],
@@ -325,7 +325,7 @@ def _rows(start: jax.Array, count: int) -> jax.Array:
     return start + jnp.arange(count, dtype=jnp.int32)
 
 
-def _tile_mask(start: jax.Array, count: int, facts: _Facts, ragged: bool) -> jax.Array | None:
+def _tile_mask(start: jax.Array, count: int, facts: Facts, ragged: bool) -> jax.Array | None:
     """Boolean [count, width] of what is inside of the array, None for everything."""
     inside = None
     if ragged:
@@ -336,20 +336,20 @@ def _tile_mask(start: jax.Array, count: int, facts: _Facts, ragged: bool) -> jax
     return None if inside is None else jnp.broadcast_to(inside, (count, facts.width))
 
 
-def _load_tile(ref: Any, batch: Any, start: Any, count: int, head: Any, facts: _Facts, ragged: bool) -> jax.Array:
+def _load_tile(ref: Any, batch: Any, start: Any, count: int, head: Any, facts: Facts, ragged: bool) -> jax.Array:
     """[count, width] of a [B, T, heads, H] array, 0 outside of it; ragged says that rows may end inside."""
     at = ref.at[batch, ds(start, count), head, ds(0, facts.width)]
     mask = _tile_mask(start, count, facts, ragged)
     return load(at) if mask is None else load(at, mask=mask, other=0.0)
 
 
-def _store_tile(ref: Any, value: jax.Array, batch: Any, start: Any, head: Any, facts: _Facts) -> None:
+def _store_tile(ref: Any, value: jax.Array, batch: Any, start: Any, head: Any, facts: Facts) -> None:
     count = value.shape[0]
     at = ref.at[batch, ds(start, count), head, ds(0, facts.width)]
     store(at, value.astype(ref.dtype), mask=_tile_mask(start, count, facts, True))
 
 
-def _load_row(ref: Any, index: tuple[Any, ...], start: Any, count: int, facts: _Facts) -> jax.Array:
+def _load_row(ref: Any, index: tuple[Any, ...], start: Any, count: int, facts: Facts) -> jax.Array:
     """[count] of the last axis of an array [..., T], 0 outside of it."""
     return load(ref.at[(*index, ds(start, count))], mask=_rows(start, count) < facts.length, other=0)
 
@@ -359,7 +359,7 @@ def _load_span(ref: Any, batch: Any, block: Any) -> tuple[jax.Array, ...]:
     return tuple(ref[batch, block, i] for i in range(4))
 
 
-def _seen(t: jax.Array, s: jax.Array, ids: tuple[jax.Array, jax.Array] | None, facts: _Facts) -> jax.Array:
+def _seen(t: jax.Array, s: jax.Array, ids: tuple[jax.Array, jax.Array] | None, facts: Facts) -> jax.Array:
     """Which keys s the queries t see; rows and columns, either way round."""
     seen = t >= s
     if facts.window is not None:
@@ -369,14 +369,15 @@ def _seen(t: jax.Array, s: jax.Array, ids: tuple[jax.Array, jax.Array] | None, f
     return seen
 
 
-def _raw_logits(products: jax.Array, facts: _Facts) -> jax.Array:
+def raw_logits(products: jax.Array, facts: Facts) -> jax.Array:
+    """q . k as the logits' raw form, which `facts.factor` multiplies."""
     if facts.soft_cap is None:
         return products
     # tanh(x) = 1 - 2 / (1 + e^2x): right to float32's eps of 1, and at both infinities.
     return 1 - 2 / (1 + jnp.exp2(products * (2 * LOG2E * facts.scale / facts.soft_cap)))
 
 
-def _attention_forward(q_ref, k_ref, v_ref, spans_ref, *refs, facts: _Facts):
+def _attention_forward(q_ref, k_ref, v_ref, spans_ref, *refs, facts: Facts):
     refs = list(refs)
     ids_ref = refs.pop(0) if facts.has_segments else None
     sinks_ref = refs.pop(0) if facts.has_sinks else None
@@ -394,7 +395,7 @@ def _attention_forward(q_ref, k_ref, v_ref, spans_ref, *refs, facts: _Facts):
         acc, largest, total = carry
         at = block * other
         k = _load_tile(k_ref, batch, at, other, kv_head, facts, masked)
-        raw = _raw_logits(backend.dot(q, k, trans_y=True), facts)
+        raw = raw_logits(backend.dot(q, k, trans_y=True), facts)
         seen = None
         if masked:
             ids = None
@@ -425,7 +426,7 @@ def _attention_forward(q_ref, k_ref, v_ref, spans_ref, *refs, facts: _Facts):
     store(lse_ref.at[batch, head, ds(start, own)], lse, mask=t < facts.length)
 
 
-def _attention_backward_queries(q_ref, k_ref, v_ref, o_ref, lse_ref, g_ref, spans_ref, *refs, facts: _Facts):
+def _attention_backward_queries(q_ref, k_ref, v_ref, o_ref, lse_ref, g_ref, spans_ref, *refs, facts: Facts):
     refs = list(refs)
     ids_ref = refs.pop(0) if facts.has_segments else None
     dq_ref, delta_ref = refs
@@ -447,7 +448,7 @@ def _attention_backward_queries(q_ref, k_ref, v_ref, o_ref, lse_ref, g_ref, span
         at = block * other
         k = _load_tile(k_ref, batch, at, other, kv_head, facts, masked)
         v = _load_tile(v_ref, batch, at, other, kv_head, facts, masked)
-        raw = _raw_logits(backend.dot(q, k, trans_y=True), facts)
+        raw = raw_logits(backend.dot(q, k, trans_y=True), facts)
         p = jnp.exp2(raw * facts.factor - lse[:, None])
         dlogits = p * (backend.dot(g, v, trans_y=True) - delta[:, None])
         if facts.soft_cap is not None:
@@ -464,7 +465,7 @@ def _attention_backward_queries(q_ref, k_ref, v_ref, o_ref, lse_ref, g_ref, span
     _store_tile(dq_ref, dq * facts.scale, batch, start, head, facts)
 
 
-def _attention_backward_keys(q_ref, k_ref, v_ref, lse_ref, delta_ref, g_ref, spans_ref, *refs, facts: _Facts):
+def _attention_backward_keys(q_ref, k_ref, v_ref, lse_ref, delta_ref, g_ref, spans_ref, *refs, facts: Facts):
     refs = list(refs)
     ids_ref = refs.pop(0) if facts.has_segments else None
     dk_ref, dv_ref = refs
@@ -481,7 +482,7 @@ def _attention_backward_keys(q_ref, k_ref, v_ref, lse_ref, delta_ref, g_ref, spa
         head, at = kv_head * facts.group + member, block * other
         q = _load_tile(q_ref, batch, at, other, head, facts, masked)
         lse = _load_row(lse_ref, (batch, head), at, other, facts) * LOG2E
-        raw = _raw_logits(backend.dot(k, q, trans_y=True), facts)  # [keys, queries]
+        raw = raw_logits(backend.dot(k, q, trans_y=True), facts)  # [keys, queries]
         p = jnp.exp2(raw * facts.factor - lse[None, :])
         seen = None
         if masked:

@@ -19,6 +19,9 @@ one. Gradients of parameters stay float32 until they take the parameter's
 own dtype. The rule is written out because autodiff of a mixed-precision product gives a float32 GEMM for dx and a
 bfloat16 dW, and because a decoded weight would be kept: a quantized weight is taken as frozen, is kept packed, and is
 decoded again in the backward pass. x is kept only where an adapter or a weight that trains needs it.
+
+Where nothing is differentiated, few tokens are multiplied by a packed weight as it is: decoding text would otherwise
+write and read a decoded weight for every token.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import nf4
+from pallas_kernels.nf4_matmul import MAX_TOKENS, nf4_matmul
 from pallas_kernels.op import Case, Implementation, Op, normal, register
 from pallas_kernels.precision import einsum_float32, einsum_rounded
 
@@ -55,7 +59,7 @@ class LoraWeights(NamedTuple):
 
     Attributes:
       weight: array [out, in] of any float dtype, or a pytree with a method `dequantize(dtype) -> [out, in]`, which is
-        taken to be frozen.
+        taken to be frozen, and possibly `matmul(x [T, in]) -> [T, out]`, for few tokens without a gradient.
       bias: [out] or None.
       lora_A, lora_B: [r, in] and [out, r], or both None. Their gradients come in their own dtype.
       scale: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA; a constant, without a gradient.
@@ -216,16 +220,18 @@ def _scaled(product: jax.Array, adapter: Adapter, dtype: Any) -> jax.Array:
     return checkpoint_name((product * scale).astype(dtype), LOW_RANK)
 
 
-def _times_weight(x: jax.Array, weight: Any) -> jax.Array:
-    """x W^T [T, out] in x's dtype: the one place where a quantized weight could be multiplied without decoding it."""
+def _times_weight(x: jax.Array, weight: Any, packed: bool) -> jax.Array:
+    """x W^T [T, out] in x's dtype; `packed` allows not to decode a quantized weight first."""
     # Without the barrier XLA joins the products that share x: it copies their weights into one, and its result apart.
+    if packed and x.shape[0] <= MAX_TOKENS and hasattr(weight, "matmul"):
+        return weight.matmul(jax.lax.optimization_barrier(x))
     x, weight = jax.lax.optimization_barrier((x, decoded(weight, x.dtype)))
     return einsum_rounded("ti,oi->to", x, weight, x.dtype)
 
 
-def apply(x: jax.Array, linear: LoraWeights, low: jax.Array | None) -> jax.Array:
-    """y_i [T, out_i], given l_i."""
-    y = _times_weight(x, linear.weight)
+def apply(x: jax.Array, linear: LoraWeights, low: jax.Array | None, *, packed: bool = False) -> jax.Array:
+    """y_i [T, out_i], given l_i; `packed` is for where nothing is differentiated."""
+    y = _times_weight(x, linear.weight, packed)
     if low is not None and linear.lora_B is not None:
         y = y + einsum_rounded("tr,or->to", low, linear.lora_B.astype(x.dtype), x.dtype)
     return y if linear.bias is None else y + jnp.broadcast_to(linear.bias.astype(y.dtype), y.shape)
@@ -367,14 +373,14 @@ def trained(linears: Sequence[LoraWeights]) -> tuple[bool, ...]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linears(dropout: float, x: jax.Array, linears: tuple[LoraWeights, ...]) -> tuple[jax.Array, ...]:
     """Linears that share x [T, in]."""
-    return _forward(dropout, x, linears)[0]
+    return _forward(dropout, x, linears, packed=True)[0]
 
 
 def _forward(
-    dropout: float, x: jax.Array, linears: tuple[LoraWeights, ...]
+    dropout: float, x: jax.Array, linears: tuple[LoraWeights, ...], *, packed: bool = False
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array | None, ...]]:
     low = low_rank(x, linears, dropout)
-    return tuple(apply(x, linear, low_i) for linear, low_i in zip(linears, low, strict=True)), low
+    return tuple(apply(x, linear, low_i, packed=packed) for linear, low_i in zip(linears, low, strict=True)), low
 
 
 def _linears_fwd(dropout, x, linears):
@@ -438,6 +444,10 @@ class Packed:
     def dequantize(self, dtype: Any) -> jax.Array:
         """The weight [out, in] in `dtype`."""
         return nf4.dequantize(self.codes, self.absmax, self.nested_absmax, self.nested_offset, dtype=dtype)
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """x [T, in] W^T -> [T, out] in x's dtype."""
+        return nf4_matmul(x, self.codes, self.absmax, self.nested_absmax, self.nested_offset)
 
 
 def case_weights(

@@ -126,23 +126,26 @@ class _Kept(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mlp(static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...]) -> jax.Array:
     """x [T, in] -> [T, out]."""
-    return _forward(static, x, linears)[0]
+    return _forward(static, x, linears, packed=True)[0]
 
 
-def _gate_and_up(static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...]) -> _Kept:
+def _gate_and_up(static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...], *, packed: bool = False) -> _Kept:
     shared = linears[:2]
     low = low_rank(x, shared, static.dropout)
-    gate, up = (apply(x, linear, low_i) for linear, low_i in zip(shared, low, strict=True))
+    gate, up = (apply(x, linear, low_i, packed=packed) for linear, low_i in zip(shared, low, strict=True))
     return _Kept(gate, up, low, None)
 
 
-def _forward(static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...]) -> tuple[jax.Array, _Kept]:
+def _forward(
+    static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...], *, packed: bool = False
+) -> tuple[jax.Array, _Kept]:
+    """The result and what to keep; `packed` as of `lora_linear.apply`."""
     down = linears[2]
-    gate, up, low, _ = _gate_and_up(static, x, linears)
+    gate, up, low, _ = _gate_and_up(static, x, linears, packed=packed)
     gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
     h = gated_activation(gate, up, activation=static.activation)
     (low_down,) = low_rank(h, (down,), static.dropout)
-    return apply(h, down, low_down), _Kept(gate, up, low, low_down)
+    return apply(h, down, low_down, packed=packed), _Kept(gate, up, low, low_down)
 
 
 def _mlp_fwd(static, x, linears):

@@ -56,7 +56,9 @@ def attention(q, k, v, *, scale, segment_ids, sliding_window, soft_cap=None, sin
     return _masked_attention(q, k, v, scale, seen, soft_cap, sinks)
 
 
-def cached_attention(q, k_cache, v_cache, q_positions, *, scale, sliding_window, soft_cap=None, sinks=None):
+def cached_attention(q, k_cache, v_cache, q_positions, *, scale, layer, sliding_window, soft_cap=None, sinks=None):
+    if layer is not None:
+        k_cache, v_cache = k_cache[layer], v_cache[layer]
     slots = k_cache.shape[1]
     distance = q_positions[:, :, None] - jnp.arange(slots, dtype=jnp.int32)[None, None, :]
     seen = (distance >= 0) & (distance < (sliding_window or slots))

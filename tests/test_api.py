@@ -192,6 +192,18 @@ def test_padding_on_either_side_is_dropped(model: LanguageModel):
         model.generate(ids, mask[:, 1:], max_new_tokens=6)
 
 
+def test_several_rows_of_a_prompt_and_stop_strings(model: LanguageModel):
+    rows = [TOKENS[0, :9].tolist(), TOKENS[1, :5].tolist()]
+    settings = {"max_new_tokens": 12, "eos_token_id": 299, "do_sample": True, "min_p": 0.01, "seed": [1, 2, 3, 4]}
+    found = model.generate(rows, num_return_sequences=2, **settings)
+    assert found == model.generate([rows[0], rows[0], rows[1], rows[1]], **settings)
+    text = model.text_of(found[1][len(rows[0]) :])
+    stopped = model.generate(rows, num_return_sequences=2, stop_strings=[text[2:4]], **settings)
+    assert len(stopped[1]) < len(found[1])
+    assert stopped[1] == found[1][: len(stopped[1])]
+    assert text[2:4] in model.text_of(stopped[1][len(rows[0]) :])
+
+
 def test_answers(model: LanguageModel, base: LanguageModel):
     tokenizer = model.tokenizer
     rows = [tokenizer(text)["input_ids"] for text in PROMPTS]

@@ -71,6 +71,17 @@ def test_generate_prints_answers_only(out: Path, capfd: pytest.CaptureFixture[st
     assert "loading weights" in output.err
 
 
+def test_generate_streams_one_answer(out: Path, capfd: pytest.CaptureFixture[str]):
+    arguments = ("generate", "--model-name", out / "adapter", "--load-in-4bit", "False", "--max-new-tokens", 40,
+                 "--chat", "False", "--stream", "True", "--stop-strings", "zzz", "--prompt", "The answer")  # fmt: skip
+    assert run(*arguments) == 0
+    answer = loaded(out / "adapter").answer(["The answer"], chat=False, max_new_tokens=40)[0]
+    assert answer
+    assert capfd.readouterr().out.strip() == answer.rstrip("\ufffd").strip()
+    assert run(*arguments, "another") == EXIT_STATUS
+    assert "error: stream: prints one answer while it is made" in capfd.readouterr().err
+
+
 def test_overwriting_a_run(out: Path, rows: Path, tiny_hf_dir: Path, capfd: pytest.CaptureFixture[str]):
     arguments = ("sft", "--model-name", tiny_hf_dir, "--load-in-4bit", "False", "--data", rows, "--output-dir", out)
     assert run(*arguments) == EXIT_STATUS

@@ -122,16 +122,32 @@ def test_a_packed_document_equals_the_same_document_alone() -> None:
     np.testing.assert_allclose(packed, alone, rtol=1e-6, atol=1e-6)
 
 
-def test_decoding_step_by_step_equals_the_whole_sequence() -> None:
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_decoding_step_by_step_equals_the_whole_sequence(implementation: str) -> None:
     q, k, v, _ = packed_row()
     whole = jax.jit(lambda q, k, v: attention(q, k, v, scale=0.3, sliding_window=4))(q, k, v)
-    step = jax.jit(lambda *arguments: cached_attention(*arguments, scale=0.3, sliding_window=4))
+    step = jax.jit(
+        lambda *arguments: cached_attention(*arguments, scale=0.3, sliding_window=4, implementation=implementation)
+    )
     for position in (0, 3, 9):
         # The cache's later slots hold what no query may see.
         k_cache, v_cache = np.array(k), np.array(v)
         k_cache[:, position + 1 :] = v_cache[:, position + 1 :] = HUGE
         out = step(np.asarray(q)[:, position : position + 1], k_cache, v_cache, np.array([[position]], np.int32))
         np.testing.assert_allclose(out[:, 0], np.asarray(whole)[:, position], rtol=1e-6, atol=1e-6)
+
+
+def test_a_row_of_a_cache_does_not_depend_on_the_others() -> None:
+    """Bit for bit, with several parts a row; and what it does not see it does not read."""
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.standard_normal((2, 1 if i == 0 else 300, 4, 16), np.float32) for i in range(3))
+    step = jax.jit(functools.partial(cached_attention, scale=0.3, implementation="pallas"))
+    before = np.asarray(step(q, k, v, np.array([[170], [299]], np.int32)))[0]
+    k[1], v[1], k[0, 171:], v[0, 171:] = 3.0, 4.0, np.nan, HUGE
+    assert np.isfinite(before).all()
+    np.testing.assert_array_equal(step(q, k, v, np.array([[170], [3]], np.int32))[0], before)
+    k[0, 100] += 1
+    assert (np.asarray(step(q, k, v, np.array([[170], [3]], np.int32)))[0] != before).any()
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,10 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH, k_BTKH = pk.rope(q_BTNH, k_BTKH, info.cos, info.sin)
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
-        if cache is None:
+        if cache is not None:
+            cache = cache.write(layer, k_BTKH, v_BTKH, info.positions)
+        # Tokens that fill the whole cache, a prompt's, see nothing but each other.
+        if cache is None or cache.k.shape[2] == x_BTD.shape[1]:
             q_BTNH, k_BTKH, v_BTKH = (
                 checkpoint_name(x, name) for x, name in ((q_BTNH, "q"), (k_BTKH, "k"), (v_BTKH, "v"))
             )
@@ -99,9 +102,14 @@ class Attention(nnx.Module):
                 q_BTNH, k_BTKH, v_BTKH, scale=scale, segment_ids=info.segment_ids, sliding_window=facts.sliding_window
             )
         else:
-            cache = cache.write(layer, k_BTKH, v_BTKH, info.positions)
             out_BTNH = pk.cached_attention(
-                q_BTNH, cache.k[layer], cache.v[layer], info.positions, scale=scale, sliding_window=facts.sliding_window
+                q_BTNH,
+                cache.k,
+                cache.v,
+                info.positions,
+                scale=scale,
+                layer=layer,
+                sliding_window=facts.sliding_window,
             )
         return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1), dropout_key), cache
 

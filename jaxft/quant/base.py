@@ -39,6 +39,10 @@ class QTensor(Protocol):
         """The weight [out, in] in `dtype`."""
         ...
 
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """x [T, in] times the weight's transpose, [T, out] in x's dtype, for few tokens and without a gradient."""
+        ...
+
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxft.errors import JaxftError
 from jaxft.quant.base import register
-from pallas_kernels import nf4
+from pallas_kernels import nf4, nf4_matmul
 
 
 @register("nf4")
@@ -100,20 +100,17 @@ class NF4Tensor:
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The weight [out, in] in `dtype`, rounded once from float32."""
+        return nf4.dequantize(**self._arguments(), dtype=dtype)
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """x [T, in] times the weight's transpose, [T, out] in x's dtype; a GPU decodes the weight while it reads it."""
+        return nf4_matmul(x, **self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        """The weight as the ops of `pallas_kernels` take it."""
         if self.is_stack:
             raise JaxftError("NF4 stack", "has no single value", "Take a layer with at_layer first")
-        return nf4.dequantize(
-            self.codes,
-            self.absmax,
-            self.nested_absmax,
-            self.nested_offset,
-            dtype=dtype,
-            layer=self.layer,
-            quant_map=self.quant_map,
-            nested_quant_map=self.nested_quant_map,
-            block_size=self.block_size,
-            nested_block_size=self.nested_block_size,
-        )
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "shape"}
 
     @property
     def nbytes(self) -> int:
