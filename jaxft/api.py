@@ -234,7 +234,7 @@ class LanguageModel:
         base: BaseWeights | str = "original",
         overwrite: bool = False,
     ) -> list[Path]:
-        """Writes the merged model as GGUF, one file for each quantization (f32, f16, bf16, q8_0).
+        """Writes the merged model as GGUF, one file for each quantization (a name in `converters.gguf_mixes.MIXES`).
 
         See `save_pretrained_merged` for the other arguments.
         """
