@@ -147,7 +147,7 @@ BAD = {
     "bad row": (["--data", "{tmp}/bad.jsonl"], "{tmp}/bad.jsonl row 1: has the keys ['question']"),
     "target": (["--target-modules", "query"], "target_modules: 'query' matches no linear"),
     "remat": (["--use-gradient-checkpointing", "some"], "use_gradient_checkpointing: 'some' is not known"),
-    "gguf": (["--gguf", "q4_0"], "GGUF quantization 'q4_0': is not known"),
+    "gguf": (["--gguf", "q9_9"], "GGUF quantization 'q9_9': is not known"),
     "output": (["--output-dir", "{tmp}/bad.jsonl"], "{tmp}/bad.jsonl: is a file, not a folder"),
     "too long": (["--max-seq-length", "16"], "rows.jsonl row 1: has"),
     "rank": (["--r", "0"], "r: the rank must be at least 1"),
