@@ -13,14 +13,20 @@ if TYPE_CHECKING:
     from jaxft.errors import JaxftError
     from jaxft.models.config import DecoderConfig
     from jaxft.models.decoder import Decoder
+    from jaxft.train.dpo import DPOConfig, DPOTrainer
+    from jaxft.train.grpo import GRPOConfig, GRPOTrainer
     from jaxft.train.sft import SFTConfig, SFTTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DPOConfig",
+    "DPOTrainer",
     "Decoder",
     "DecoderConfig",
     "FastLanguageModel",
+    "GRPOConfig",
+    "GRPOTrainer",
     "JaxftError",
     "LanguageModel",
     "SFTConfig",
@@ -28,9 +34,13 @@ __all__ = [
 ]
 
 _HOME = {
+    "DPOConfig": "jaxft.train.dpo",
+    "DPOTrainer": "jaxft.train.dpo",
     "Decoder": "jaxft.models.decoder",
     "DecoderConfig": "jaxft.models.config",
     "FastLanguageModel": "jaxft.api",
+    "GRPOConfig": "jaxft.train.grpo",
+    "GRPOTrainer": "jaxft.train.grpo",
     "JaxftError": "jaxft.errors",
     "LanguageModel": "jaxft.api",
     "SFTConfig": "jaxft.train.sft",

@@ -103,6 +103,14 @@ def attach(decoder: Decoder, config: LoraConfig, *, key: jax.Array, dtype: DType
     set_trainable(decoder, {"lora"})
 
 
+def without_adapter(decoder: Decoder) -> Decoder:
+    """The same parameters without the adapters: what they started from, and what KL terms and DPO compare with."""
+    base: Decoder = nnx.merge(*nnx.split(decoder))
+    for module in linears(base).values():
+        module.lora_A = module.lora_B = nnx.data(None)
+    return base
+
+
 def adapter_tensors(decoder: Decoder) -> dict[str, np.ndarray]:
     """The adapter under HF names: 'model.layers.{i}.self_attn.q_proj.lora_A.weight' -> float array, one a layer."""
     found: dict[str, np.ndarray] = {}

@@ -1,4 +1,7 @@
-"""What the loss sees: one tokenized document (`Example`), and documents laid out in rows of equal length (`Batch`)."""
+"""What the loss sees: one tokenized document (`Example`), and documents laid out in rows of equal length (`Batch`).
+
+Losses over whole completions have batches of their own around it. Letters: P pairs, S segments of a row, at most.
+"""
 
 # No `from __future__ import annotations` here: it turns a NamedTuple's annotations into strings that the run-time type
 # checker of the tests cannot look up.
@@ -43,6 +46,65 @@ class Batch(NamedTuple):
     loss_mask: Array
     segment_ids: Array
     positions: Array
+
+
+class Pairs(NamedTuple):
+    """Something of the chosen and of the rejected completions: float32 [..., P] each."""
+
+    chosen: Array
+    rejected: Array
+
+
+class PairBatch(NamedTuple):
+    """Pairs packed in rows, a pytree whose first leaf is the tokens.
+
+    Attributes:
+      text: segments 2 p - 1 and 2 p of a row are its pair p's chosen and rejected completion, each after its prompt.
+      pair_mask: float32 [..., P], 1 where there is a pair.
+      nll_weight: float32 [..., P], factor of the chosen completion's summed negative log-likelihood.
+      reference: log-probabilities float32 under the reference; None computes them in the step, adapters off.
+    """
+
+    text: Batch
+    pair_mask: Array
+    nll_weight: Array
+    reference: Pairs | None = None
+
+
+class UnpairedBatch(NamedTuple):
+    """Completions that were liked or not, a pytree whose first leaf is the tokens.
+
+    Attributes:
+      text: segment s of a row is its completion s, after its prompt.
+      sequence_mask: float32 [..., S], 1 where there is a completion.
+      desirable: float32 [..., S], 1 where it was liked.
+      baseline: float32 [...], z: the mean log-ratio to the reference of prompts with other prompts' completions.
+      reference: log-probabilities float32 [..., S]; None computes them in the step, adapters off.
+    """
+
+    text: Batch
+    sequence_mask: Array
+    desirable: Array
+    baseline: Array
+    reference: Array | None = None
+
+
+class PolicyBatch(NamedTuple):
+    """Sampled completions packed in rows, a pytree whose first leaf is the tokens.
+
+    Attributes:
+      text: segment s of a row is its completion s, after its prompt; loss_mask is 0 on truncated ones to be left out.
+      sequence_mask: float32 [..., S], 1 where there is a completion, left out or not.
+      advantages: float32 [..., S].
+      old_log_probs: float32 [..., T], where the completions were sampled; None is this very step's policy.
+      reference: float32 [..., T]; None computes them in the step, adapters off, where beta is not 0.
+    """
+
+    text: Batch
+    sequence_mask: Array
+    advantages: Array
+    old_log_probs: Array | None = None
+    reference: Array | None = None
 
 
 def lay_out(examples: Sequence[Example], rows: Sequence[Sequence[int]], length: int) -> Batch:

@@ -75,6 +75,11 @@ def read_rows(source: str | os.PathLike[str] | Iterable[Any], name: str = "datas
       JaxftError: naming file and row, for a file that is missing, empty, of another kind, or not UTF-8; a line that is
         not JSON; a row that is no object, has none of the known forms, or values of the wrong type.
     """
+    return (parse_row(value, where) for where, value in read_objects(source, name))
+
+
+def read_objects(source: str | os.PathLike[str] | Iterable[Any], name: str = "dataset") -> Iterator[tuple[str, object]]:
+    """The rows of a source as they are, each with its name for messages; see `read_rows`."""
     if isinstance(source, (str, os.PathLike)):
         name, objects = str(os.fspath(source)), _read_file(Path(source))
     elif isinstance(source, Mapping) or not isinstance(source, Iterable):
@@ -84,7 +89,7 @@ def read_rows(source: str | os.PathLike[str] | Iterable[Any], name: str = "datas
     empty = True
     for number, value in objects:
         empty = False
-        yield parse_row(value, f"{name} row {number}")
+        yield f"{name} row {number}", value
     if empty:
         raise JaxftError(name, "has no rows")
 

@@ -93,7 +93,7 @@ class SFTConfig:
 class _Micro(NamedTuple):
     """A micro-batch with the key of its dropout."""
 
-    batch: Batch
+    batch: Any
     dropout_key: jax.Array
 
 
@@ -185,7 +185,7 @@ class SFTTrainer:
             assistant_only_loss=self.args.assistant_only_loss,
             on_overlong=self.args.on_overlong,
         )
-        _check_vocabulary(tokenized.examples, self.model.decoder.config.vocab_size)
+        check_vocabulary(tokenized.examples, self.model.decoder.config.vocab_size)
         console.console.print(f"{name}: {tokenized}", soft_wrap=True)
         return tokenized.examples
 
@@ -213,19 +213,25 @@ class SFTTrainer:
     def _warmup(self, total_steps: int) -> int:
         return self.args.warmup_steps or math.ceil(self.args.warmup_ratio * total_steps)
 
-    def _loss(self, loader: BatchLoader) -> tuple[Any, Iterable[Any]]:
+    def _loss(self, loader: BatchLoader | Any) -> tuple[Any, Iterable[Any]]:
         """The loss, and the batches that it takes: with a key for each micro-batch where there is dropout."""
         if not (self.model.lora_config and self.model.lora_config.lora_dropout):
-            return losses.sft, loader
+            return self._loss_function, loader
         key = jax.random.key(self.args.seed)
 
         def with_keys() -> Iterator[_Micro]:
             for step, batch in enumerate(loader):
-                yield _Micro(batch, jax.random.split(jax.random.fold_in(key, step), len(batch.tokens)))
+                yield _Micro(batch, jax.random.split(jax.random.fold_in(key, step), loader.shape[0]))
 
-        return (lambda decoder, micro: losses.sft(decoder, micro.batch, micro.dropout_key)), with_keys()
+        loss = self._loss_function
+        return (lambda decoder, micro: loss(decoder, micro.batch, dropout_key=micro.dropout_key)), with_keys()
 
-    def _announce(self, loader: BatchLoader, example: Example, total_steps: int) -> None:
+    @property
+    def _loss_function(self) -> Any:
+        """(decoder, batch, dropout_key) -> (sum, weight, metrics)."""
+        return losses.sft
+
+    def _announce(self, loader: BatchLoader | Any, example: Example, total_steps: int) -> None:
         accumulation, rows = loader.shape
         trainable = self.model.trainable_parameters()
         facts = {
@@ -242,7 +248,7 @@ class SFTTrainer:
         )
 
 
-def _check_vocabulary(examples: Sequence[Example], vocab_size: int) -> None:
+def check_vocabulary(examples: Sequence[Example], vocab_size: int) -> None:
     """A token without an embedding would make every loss NaN."""
     for example in examples:
         if example.tokens.max() >= vocab_size:

@@ -17,6 +17,7 @@ from jaxft.models.remat import offloads, prefetches
 LossFunction = Callable[[Decoder, Any], LossOutput]
 Step = Callable[[nnx.State, nnx.State, optax.OptState, Any], tuple[nnx.State, optax.OptState, dict[str, jax.Array]]]
 
+_TINY = jnp.finfo(jnp.float32).tiny  # in place of a weight of 0: an empty batch has loss 0
 _GPU_OPTIONS = {
     # cuBLAS instead of XLA's Triton products: an adapter's low-rank term is then added in the epilogue of the large
     # product (q, k and v of Llama-3.1-8B over NF4, forward and backward on an H100: 1.38 ms instead of 1.53).
@@ -49,7 +50,8 @@ def make_train_step(
     Returns:
       step(trainable, frozen, opt_state, batch): every leaf of `batch` has a leading [A], the micro-batches that are
       accumulated. The gradient is that of (sum of sums) / (sum of weights). metrics: "loss" (that quotient), "weight",
-      "grad_norm" (before clipping), and the sums that `loss` reported; float32 scalars on the device.
+      "grad_norm" (before clipping), and what `loss` reported: sums, and the quotients of its (sum, weight) pairs;
+      float32 scalars on the device.
     """
 
     def loss_sum(trainable: nnx.State, frozen: nnx.State, micro: Any) -> tuple[jax.Array, Any]:
@@ -68,16 +70,21 @@ def make_train_step(
             _, sums = jax.eval_shape(loss_sum, trainable, frozen, first)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (trainable, sums))
             (grads, sums), _ = jax.lax.scan(accumulate, zeros, batch)
-        weight = jnp.maximum(sums["weight"], jnp.finfo(jnp.float32).tiny)
+        weight = jnp.maximum(sums["weight"], _TINY)
         grads = jax.tree.map(lambda g: (g / weight.astype(g.dtype)).astype(g.dtype), grads)
         # optax mixes its int32 step count with floats: leave that to it, also where the caller promotes strictly.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = tx.update(grads, opt_state, trainable)
             trainable = optax.apply_updates(trainable, updates)
-        metrics = {**sums, "loss": sums["loss"] / weight, "grad_norm": optax.tree.norm(grads)}
+        reported = {name: _quotient(*x) if isinstance(x, tuple) else x for name, x in sums.items()}
+        metrics = {**reported, "loss": sums["loss"] / weight, "grad_norm": optax.tree.norm(grads)}
         return trainable, opt_state, metrics
 
     return jax.jit(step, donate_argnums=(0, 2), compiler_options=_compiler_options(remat))
+
+
+def _quotient(total: jax.Array, weight: jax.Array) -> jax.Array:
+    return total / jnp.maximum(weight, _TINY)
 
 
 def _compiler_options(remat: str) -> dict[str, Any] | None:

@@ -1,19 +1,13 @@
-"""Losses as pure functions of a decoder and a micro-batch that return (sum, weight, metrics).
-
-The division by the weight happens once, after accumulation, in `jaxft.train.step`: so neither gradient accumulation nor
-sequence packing changes a result. `metrics` are sums too.
-"""
+"""Supervised fine-tuning's loss."""
 
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 import pallas_kernels as pk
 from jaxft.data.batch import Batch
+from jaxft.losses.tokens import LossOutput, count_tokens
 from jaxft.models.decoder import Decoder
-
-LossOutput = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
 
 
 def sft(decoder: Decoder, batch: Batch, dropout_key: jax.Array | None = None) -> LossOutput:
@@ -36,5 +30,4 @@ def sft(decoder: Decoder, batch: Batch, dropout_key: jax.Array | None = None) ->
         batch.targets.reshape(-1),
         batch.loss_mask.reshape(-1),
     )
-    tokens = jnp.int32(batch.tokens.size) if batch.segment_ids is None else jnp.sum(batch.segment_ids > 0)
-    return total, weight, {"tokens": tokens.astype(jnp.float32)}
+    return total, weight, {"tokens": count_tokens(batch)}
