@@ -11,10 +11,10 @@ import tyro
 
 from converters.commands.adapters import ExtractLora, Merge
 from converters.commands.checks import Diff, Inspect, Verify
-from converters.commands.formats import FromGguf, HfToJax, JaxToHf, ToBnb, ToGguf
+from converters.commands.formats import FromGguf, HfToJax, Imatrix, JaxToHf, ToBnb, ToGguf
 from jaxft.console import run_command
 
-Command = HfToJax | JaxToHf | ToGguf | FromGguf | ToBnb | Merge | ExtractLora | Inspect | Diff | Verify
+Command = HfToJax | JaxToHf | ToGguf | Imatrix | FromGguf | ToBnb | Merge | ExtractLora | Inspect | Diff | Verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Commands from one format to another: `hf-to-jax`, `jax-to-hf`, `to-gguf`, `from-gguf`, `to-bnb`."""
+"""Commands from one format to another: `hf-to-jax`, `jax-to-hf`, `to-gguf`, `imatrix`, `from-gguf`, `to-bnb`."""
 
 from __future__ import annotations
 
@@ -65,15 +65,18 @@ class ToGguf(Writes):
       destination: the new file; where several types are asked for, the folder of the files model.TYPE.gguf.
       type: one or more of f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k, q3_k_s, q3_k_m, q3_k_l, q4_k_s, q4_k_m,
         q5_k_s, q5_k_m, q6_k, iq4_nl, iq4_xs, mxfp4, tq1_0, tq2_0.
+      imatrix: an importance matrix, as `imatrix` or llama.cpp writes it, which makes 2 to 5 bits more accurate.
     """
 
     source: Positional[str]
     destination: Positional[Path]
     type: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--quantization"])] = ("q8_0",)
+    imatrix: Path | None = None
 
     def run(self) -> None:
         """Converts."""
         from converters.gguf_export import check_quantization, write_gguf
+        from converters.imatrix import read_imatrix
         from converters.open import open_checkpoint
 
         for name in self.type:
@@ -81,9 +84,52 @@ class ToGguf(Writes):
         targets = gguf_targets(self.destination, self.type, overwrite=self.overwrite)
         checkpoint = open_checkpoint(self.source)
         _warn_if_quantized(checkpoint)
+        importance = None if self.imatrix is None else (self.imatrix, read_imatrix(self.imatrix))
         for name, target in targets.items():
-            write_gguf(checkpoint, target, name, overwrite=self.overwrite)
+            write_gguf(checkpoint, target, name, importance=importance, overwrite=self.overwrite)
         self.report({target: f"GGUF, {name}" for name, target in targets.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Imatrix(Writes):
+    """Collects an importance matrix for `to-gguf --imatrix`, in llama.cpp's format: one forward pass over a text.
+
+    Attributes:
+      source: a Hugging Face or Orbax folder, a .gguf file, or a name on the Hugging Face hub.
+      destination: the new file.
+      text: what the model will be used for, in its own words: chats in the chat template, code, prose.
+      chunk_size: tokens of a row; longer rows take more memory.
+      max_chunks: rows, at most.
+    """
+
+    source: Positional[str]
+    destination: Positional[Path]
+    text: Path
+    chunk_size: int = 512
+    max_chunks: int = 100
+
+    def run(self) -> None:
+        """Collects."""
+        from converters.commands.checks import read_text
+        from converters.imatrix import collect, write_imatrix
+        from converters.open import open_checkpoint
+
+        for name, value in (("chunk_size", self.chunk_size), ("max_chunks", self.max_chunks)):
+            if value < 1:
+                raise JaxftError(name, f"must be at least 1, not {value}")
+        text = read_text(self.text)
+        matrix = collect(
+            open_checkpoint(self.source),
+            text,
+            dataset=self.text.name,
+            chunk_size=self.chunk_size,
+            max_chunks=self.max_chunks,
+        )
+        write_imatrix(matrix, self.destination, overwrite=self.overwrite)
+        note = (
+            f"importance matrix of {len(matrix.sums)} tensors, from {matrix.chunks} rows of {matrix.chunk_size} tokens"
+        )
+        self.report({self.destination: note})
 
 
 @dataclasses.dataclass(frozen=True)
