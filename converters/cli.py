@@ -11,10 +11,11 @@ import tyro
 
 from converters.commands.adapters import ExtractLora, Merge
 from converters.commands.checks import Diff, Inspect, Verify
-from converters.commands.formats import FromGguf, HfToJax, Imatrix, JaxToHf, ToBnb, ToGguf
+from converters.commands.formats import FromGguf, HfToJax, Imatrix, JaxToHf, Requantize, ToBnb, ToGguf
 from jaxft.console import run_command
 
-Command = HfToJax | JaxToHf | ToGguf | Imatrix | FromGguf | ToBnb | Merge | ExtractLora | Inspect | Diff | Verify
+Formats = HfToJax | JaxToHf | ToGguf | FromGguf | ToBnb
+Command = Formats | Requantize | Imatrix | Merge | ExtractLora | Inspect | Diff | Verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:

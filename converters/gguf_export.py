@@ -79,11 +79,8 @@ def write_gguf(
     metadata = _metadata(checkpoint, arch, config, mix.file_type)
     if importance is not None:
         metadata |= importance[1].metadata(importance[0])
-    try:
-        with new_file(path, overwrite=overwrite) as temporary:
-            _write(checkpoint, arch, temporary, tensors, metadata, _extra_tensors(config))
-    except OSError as error:
-        raise JaxftError(path, f"could not be written ({error})", "Check the space that is left") from error
+    with new_file(path, overwrite=overwrite) as temporary:
+        _write(checkpoint, arch, temporary, tensors, metadata, _extra_tensors(config))
     return Path(path)
 
 
@@ -186,7 +183,8 @@ def _write(
             writer.write_tensor_data(array)
         for tensor in track(tensors, "writing GGUF"):
             array = arch.to_gguf(tensor.hf_name, checkpoint.read(tensor.hf_name), checkpoint.config)
-            writer.write_tensor_data(_encode(array, tensor, checkpoint.where))
+            where = f"{checkpoint.where}, tensor {tensor.hf_name}"
+            writer.write_tensor_data(encode(array, tensor.type, tensor.importance, where))
 
 
 def _describe(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
@@ -209,18 +207,22 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     add.get(type(value), writer.add_array)(key, value)
 
 
-def _encode(array: np.ndarray, tensor: _Tensor, where: object) -> np.ndarray:
-    """The values in the tensor's type, as an array whose bytes are those of the file."""
-    if tensor.type == GGMLQuantizationType.BF16:
+def encode(array: np.ndarray, kind: GGMLQuantizationType, importance: np.ndarray | None, where: object) -> np.ndarray:
+    """The values in a type, as an array whose bytes are those of the file.
+
+    Raises:
+      JaxftError: a value is not finite or too large for the type.
+    """
+    if kind == GGMLQuantizationType.BF16:
         return np.ascontiguousarray(array.astype(ml_dtypes.bfloat16))
     try:
-        if tensor.type in QUANTIZABLE:
-            return quantize(array, tensor.type, tensor.importance)
+        if kind in QUANTIZABLE:
+            return quantize(array, kind, importance)
         with np.errstate(over="raise", invalid="raise"):
-            return np.ascontiguousarray(gguf.quants.quantize(array.astype(np.float32, copy=False), tensor.type))
+            return np.ascontiguousarray(gguf.quants.quantize(array.astype(np.float32, copy=False), kind))
     except FloatingPointError as error:
         raise JaxftError(
-            f"{where}, tensor {tensor.hf_name}",
-            f"has values that {tensor.type.name} cannot hold (NaN, infinite, or a scale beyond float16's 65504)",
+            where,
+            f"has values that {kind.name} cannot hold (NaN, infinite, or a scale beyond float16's 65504)",
             "Write f32 or bf16 instead",
         ) from error

@@ -50,10 +50,12 @@ class TensorEntry(NamedTuple):
 
 
 class Header(NamedTuple):
-    """Metadata (numbers, strings, lists of strings, numpy arrays of numbers) and tensors, both in file order."""
+    """Metadata (numbers, strings, lists of strings, numpy arrays of numbers) and tensors, both in file order; and where
+    in the file each key with its value lies."""
 
     metadata: dict[str, Any]
     tensors: dict[str, TensorEntry]
+    spans: dict[str, tuple[int, int]]
 
 
 def read_header(path: Path) -> Header:
@@ -71,11 +73,11 @@ def read_header(path: Path) -> Header:
         raise JaxftError(path, f"cannot be read ({error.strerror})") from error
     cursor = _Cursor(data.data, path)
     n_tensors, n_keys = _read_counts(cursor)
-    metadata = _read_metadata(cursor, n_keys)
+    metadata, spans = _read_metadata(cursor, n_keys)
     entries = [_read_tensor_entry(cursor) for _ in range(n_tensors)]
-    alignment = _alignment(metadata, path)
+    alignment = alignment_of(metadata, path)
     start = math.ceil(cursor.position / alignment) * alignment
-    return Header(metadata, _place(entries, start, alignment, len(data), path))
+    return Header(metadata, _place(entries, start, alignment, len(data), path), spans)
 
 
 def stored_bytes(path: Path, entry: TensorEntry) -> np.ndarray:
@@ -140,14 +142,17 @@ def _read_counts(cursor: _Cursor) -> tuple[int, int]:
     return cursor.count("the tensor count", _MIN_TENSOR_BYTES), cursor.count("the key count", _MIN_KEY_VALUE_BYTES)
 
 
-def _read_metadata(cursor: _Cursor, n_keys: int) -> dict[str, Any]:
+def _read_metadata(cursor: _Cursor, n_keys: int) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
     metadata: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for i in range(n_keys):
+        start = cursor.position
         key = cursor.string(f"metadata key {i}")
         if key in metadata:
             raise JaxftError(f"{cursor.path}, key {key}", "is there twice")
         metadata[key] = _read_value(cursor, _value_type(cursor, key), key)
-    return metadata
+        spans[key] = (start, cursor.position)
+    return metadata, spans
 
 
 def _value_type(cursor: _Cursor, key: str) -> GGUFValueType:
@@ -199,7 +204,8 @@ def _read_tensor_entry(cursor: _Cursor) -> TensorEntry:
     return TensorEntry(name, shape, kind, cursor.u64(f"the offset of {name}"), math.prod(shape) // block * block_bytes)
 
 
-def _alignment(metadata: dict[str, Any], path: Path) -> int:
+def alignment_of(metadata: dict[str, Any], path: Path) -> int:
+    """The multiple of bytes at which tensors begin."""
     value = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(value, int) or value <= 0 or value & (value - 1):
         raise JaxftError(f"{path}, key general.alignment", f"must be a power of two, not {value!r}")

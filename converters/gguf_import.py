@@ -60,7 +60,7 @@ class GGUFCheckpoint:
             raise JaxftError(path, "is one part of a split model", "Join the parts with llama.cpp's gguf-split first")
         self._metadata = header.metadata
         self._spec, self._arch = _architecture(header.metadata, path)
-        _check_types(header.tensors, path)
+        check_types(header.tensors, path)
         self.config = self._read_config(header.tensors)
         self._entries = self._by_hf_name(header.tensors)
         self.tensors = {
@@ -85,7 +85,7 @@ class GGUFCheckpoint:
 
         The rows of q and k come in HF's order.
         """
-        array = _read(self._path, self._entries[name])
+        array = read_entry(self._path, self._entries[name])
         return np.ascontiguousarray(self._arch.from_gguf(name, array, self.config))
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -113,7 +113,7 @@ class GGUFCheckpoint:
         _check_sizes(config, entries, self.where)
         if FREQUENCIES in entries:
             config["rope_parameters"] = recognise_llama3(
-                _read(self._path, entries[FREQUENCIES]), config["rope_parameters"], config["head_dim"], self.where
+                read_entry(self._path, entries[FREQUENCIES]), config["rope_parameters"], config["head_dim"], self.where
             )
         return config
 
@@ -140,7 +140,7 @@ def _architecture(metadata: dict[str, Any], where: object) -> tuple[ArchSpec, GG
     return known[name]
 
 
-def _check_types(entries: dict[str, TensorEntry], where: object) -> None:
+def check_types(entries: dict[str, TensorEntry], where: object) -> None:
     """Refuses the types that gguf cannot dequantize, found out on one block of zeros each."""
     for entry in entries.values():
         if entry.type in _STORED:
@@ -172,9 +172,10 @@ def _dtype_name(tensors: dict[str, TensorInfo]) -> str:
     return matrices.pop().name if len(matrices) == 1 else "float32"
 
 
-def _read(path: Path, entry: TensorEntry) -> np.ndarray:
+def read_entry(path: Path, entry: TensorEntry) -> np.ndarray:
     """A copy of the tensor's values in its own shape; the file's order of rows."""
     raw = stored_bytes(path, entry)
     if entry.type in _STORED:
         return np.array(raw).view(_STORED[entry.type]).reshape(entry.shape)
-    return gguf.quants.dequantize(raw.reshape(*entry.shape[:-1], -1), entry.type)
+    with np.errstate(all="ignore"):  # scales that are infinite or NaN give values that are NaN
+        return gguf.quants.dequantize(raw.reshape(*entry.shape[:-1], -1), entry.type)

@@ -104,8 +104,12 @@ def write_orbax(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) 
         write_json(folder / ORBAX_MANIFEST, _manifest(checkpoint.tensors))
         write_small_files(checkpoint, folder)
         tree = dict(track(stream(checkpoint), "reading tensors", len(checkpoint.tensors)))
-        with ocp.Checkpointer(_frugal_handler()) as checkpointer:
-            checkpointer.save((folder / PARAMS).absolute(), ocp.args.PyTreeSave(tree))
+        try:
+            with ocp.Checkpointer(_frugal_handler()) as checkpointer:
+                checkpointer.save((folder / PARAMS).absolute(), ocp.args.PyTreeSave(tree))
+        except _ORBAX_ERRORS as error:
+            reason = str(error).rpartition(": ")[2]  # TensorStore's longest message ends in the system's words
+            raise JaxftError(path, f"could not be written ({reason})", "Check the space that is left") from error
     return path
 
 

@@ -1,8 +1,14 @@
-"""Writing so that nothing is half-written: output folders are checked first, files appear by renaming."""
+"""Writing so that nothing is half-written: output folders are checked first, files appear by renaming.
+
+What is being written has a hidden name beside the final one. It is locked as long as its process lives, so that the
+next process that writes the same thing removes what a killed one left.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -48,6 +54,7 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     path = prepare_output_dir(path, overwrite=overwrite).resolve()  # a link's target, or "." by its name, is replaced
     if any(path.iterdir()) and not any((path / name).is_file() for name in CHECKPOINT_FILES):
         raise JaxftError(path, "is not empty and holds no checkpoint, so it is not replaced", "Choose another folder")
+    _remove_leftovers(path)
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
@@ -55,10 +62,14 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
             path.parent, f"cannot be written to ({error.strerror}), and {path.name} is made there"
         ) from error
     try:
-        yield temporary
-        temporary.chmod(0o755)
-        shutil.rmtree(path)
-        temporary.rename(path)
+        with _locked(temporary), _disk_errors(path):
+            yield temporary
+            temporary.chmod(0o755)
+            # Two renames: a process that is killed leaves all of the old checkpoint there, nothing, or all of the new.
+            old = temporary.with_name(f"{temporary.name}.old")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
     except BaseException:
         if not existed and path.is_dir():
             path.rmdir()
@@ -69,20 +80,55 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary file name beside `path` that becomes `path` at the end, or is removed on any exception."""
+    """Yields a temporary file name beside `path` that becomes `path` at the end, or is removed on any exception.
+
+    Raises:
+      JaxftError: `path` exists and is not to be overwritten, or cannot be written.
+    """
     path = Path(path)
     if path.exists() and not overwrite:
         raise JaxftError(path, "exists already", "Choose another name, or ask for overwriting")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
         raise JaxftError(path, f"cannot be written ({error.strerror})") from error
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        with _locked(temporary), _disk_errors(path):
+            yield temporary
+            temporary.chmod(0o644)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock on a file or folder, which the system lifts when the process ends in whatever way."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes what killed processes left of earlier tries to write `path`."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        with contextlib.suppress(OSError), _locked(leftover):  # locked: somebody is writing it
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            shutil.rmtree(f"{leftover}.old", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """A full disk and its like, told as what they are."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise JaxftError(path, f"could not be written ({reason})", "Check the space that is left") from error

@@ -1,4 +1,4 @@
-"""Commands from one format to another: `hf-to-jax`, `jax-to-hf`, `to-gguf`, `imatrix`, `from-gguf`, `to-bnb`."""
+"""Commands from one format to another, and `imatrix`, which serves `to-gguf` and `requantize`."""
 
 from __future__ import annotations
 
@@ -88,6 +88,34 @@ class ToGguf(Writes):
         for name, target in targets.items():
             write_gguf(checkpoint, target, name, importance=importance, overwrite=self.overwrite)
         self.report({target: f"GGUF, {name}" for name, target in targets.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Requantize(Writes):
+    """A GGUF file of any architecture to other types; what the first quantization lost stays lost.
+
+    Attributes:
+      source: the .gguf file.
+      destination: the new file; where several types are asked for, the folder of the files model.TYPE.gguf.
+      type: one or more of the types of to-gguf.
+      imatrix: an importance matrix.
+    """
+
+    source: Positional[Path]
+    destination: Positional[Path]
+    type: tuple[str, ...]
+    imatrix: Path | None = None
+
+    def run(self) -> None:
+        """Requantizes."""
+        from converters.gguf_requantize import requantize
+        from converters.imatrix import read_imatrix
+
+        targets = gguf_targets(self.destination, self.type, overwrite=self.overwrite)
+        importance = None if self.imatrix is None else (self.imatrix, read_imatrix(self.imatrix))
+        for name, target in targets.items():
+            requantize(self.source, target, name, importance=importance, overwrite=self.overwrite)
+        self.report({target: f"GGUF, {name}, from {self.source}" for name, target in targets.items()})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,135 @@
+"""A GGUF file in other types: of any architecture, since names, metadata and tokenizer stay as they are.
+
+Tensors whose type does not change are copied byte for byte; the others are decoded and quantized again, so what the
+first quantization lost stays lost. `general.file_type` and `general.quantization_version` are rewritten, as
+llama.cpp's `llama_model_quantize` does.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from converters.gguf_export import check_quantization, encode
+from converters.gguf_header import MAGIC, Header, TensorEntry, alignment_of, read_header, stored_bytes
+from converters.gguf_import import check_types, read_entry
+from converters.gguf_mixes import Mix, ModelFacts, choose_types
+from converters.imatrix import ImportanceMatrix
+from jaxft.console import track
+from jaxft.errors import JaxftError
+from jaxft.files import new_file
+
+_VERSION = 3
+
+
+def requantize(
+    source: Path,
+    path: Path,
+    quantization: str,
+    *,
+    importance: tuple[Path, ImportanceMatrix] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes the GGUF file `source` to `path` in the mix `quantization` (a name in `gguf_mixes.MIXES`).
+
+    Args:
+      source: of any architecture; norms, biases and other vectors stay as they are.
+      path: the new file.
+      importance: an importance matrix and its file.
+      overwrite: replace an existing file.
+
+    Raises:
+      JaxftError: the source is not sound or holds a type that cannot be decoded, the quantization is unknown, the file
+        exists or cannot be written, or a value does not fit its new type.
+    """
+    mix = check_quantization(quantization)
+    header = read_header(source)
+    check_types(header.tensors, source)
+    types = _types(header, mix, source, importance is not None)
+    changed: dict[str, Any] = {
+        "general.file_type": int(mix.file_type),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+        **({} if importance is None else importance[1].metadata(importance[0])),
+    }
+    alignment = alignment_of(header.metadata, source)
+    with new_file(path, overwrite=overwrite) as temporary, temporary.open("wb") as file:
+        _write_header(file, source, header, types, changed, alignment)
+        for name, entry in track(list(header.tensors.items()), "requantizing"):
+            file.write(bytes(-file.tell() % alignment))
+            file.write(_data(source, entry, types[name], importance).data)
+        file.write(bytes(-file.tell() % alignment))
+    return path
+
+
+def _types(header: Header, mix: Mix, source: Path, has_importance: bool) -> dict[str, GGMLQuantizationType]:
+    """Every tensor's new type."""
+    matrices = {
+        name: entry.shape
+        for name, entry in header.tensors.items()
+        if len(entry.shape) > 1 and name.endswith(".weight") and not name.endswith("_norm.weight")
+    }
+    choices = choose_types(mix, matrices, _facts(header.metadata, source, has_importance))
+    return {name: choices[name].type if name in choices else entry.type for name, entry in header.tensors.items()}
+
+
+def _facts(metadata: dict[str, Any], source: Path, has_importance: bool) -> ModelFacts:
+    arch = metadata.get("general.architecture")
+    layers, heads = (metadata.get(f"{arch}.{key}") for key in ("block_count", "attention.head_count"))
+    shared = metadata.get(f"{arch}.attention.head_count_kv", heads)
+    sizes = [int(np.max(size)) if isinstance(size, int | np.ndarray) else 0 for size in (layers, heads, shared)]
+    if min(sizes) < 1:
+        raise JaxftError(source, f"does not say how many layers and heads it has (architecture {arch!r})")
+    return ModelFacts(sizes[0], sizes[1] // sizes[2], has_importance)
+
+
+def _data(
+    source: Path, entry: TensorEntry, kind: GGMLQuantizationType, importance: tuple[Path, ImportanceMatrix] | None
+) -> np.ndarray:
+    """uint8, the bytes of the new file."""
+    if kind == entry.type:
+        return stored_bytes(source, entry)
+    known = None if importance is None else importance[1].of(entry.name, entry.shape, importance[0])
+    encoded = encode(read_entry(source, entry), kind, known, f"{source}, tensor {entry.name}")
+    return encoded.reshape(-1).view(np.uint8)
+
+
+def _write_header(
+    file: BinaryIO,
+    source: Path,
+    header: Header,
+    types: dict[str, GGMLQuantizationType],
+    changed: dict[str, Any],
+    alignment: int,
+) -> None:
+    """Metadata as it was, but for what is `changed`; where each tensor will lie."""
+    kept = {key: span for key, span in header.spans.items() if key not in changed}
+    file.write(MAGIC + struct.pack("<IQQ", _VERSION, len(header.tensors), len(kept) + len(changed)))
+    with source.open("rb") as old:
+        for start, stop in kept.values():
+            old.seek(start)
+            file.write(old.read(stop - start))
+    for key, value in changed.items():
+        file.write(_string(key) + _value(value))
+    offset = 0
+    for name, entry in header.tensors.items():
+        file.write(_string(name) + struct.pack(f"<I{len(entry.shape)}Q", len(entry.shape), *entry.shape[::-1]))
+        file.write(struct.pack("<IQ", types[name], offset))
+        block, block_bytes = GGML_QUANT_SIZES[types[name]]
+        offset += int(np.prod(entry.shape)) // block * block_bytes
+        offset += -offset % alignment
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(value: int | str) -> bytes:
+    if isinstance(value, str):
+        return struct.pack("<I", GGUFValueType.STRING) + _string(value)
+    return struct.pack("<II", GGUFValueType.UINT32, value)
