@@ -166,7 +166,7 @@ def decode_state(content: bytes, where: object) -> QuantState:
     """
     try:
         fields = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise JaxftError(where, f"is not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise JaxftError(where, "must be a JSON object")

@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise JaxftError(path, f"cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise JaxftError(path, f"is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise JaxftError(path, f"must hold a JSON object, not {type(value).__name__}")

@@ -181,6 +181,8 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
       JaxftError: the file cannot be read, or is neither.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise JaxftError(path, "is not a file")
         with path.open("rb") as file:
             is_gguf = file.read(len(MAGIC)) == MAGIC
         matrix = _read_gguf(path) if is_gguf else _read_legacy(path)

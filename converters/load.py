@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -67,7 +69,11 @@ def check(checkpoint: Checkpoint) -> DecoderConfig:
         shape, or not floating point, all of them listed; a tied head that is not the embedding.
     """
     spec = arch_of(checkpoint.config.get("model_type"), checkpoint.where)
+    n_layers = checkpoint.config.get("num_hidden_layers")
+    if isinstance(n_layers, int) and n_layers > len(checkpoint.tensors):  # before anything is made for each layer
+        raise JaxftError(f"{checkpoint.where}, field num_hidden_layers", f"is {n_layers}, more than there are tensors")
     config = spec.decoder_config(checkpoint.config, checkpoint.where)
+    _check_sizes(config, checkpoint.where)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items() if not name.endswith(_BUFFERS)}
     if config.tie_word_embeddings and HEAD in shapes:
         _check_tied_head(checkpoint)
@@ -75,6 +81,14 @@ def check(checkpoint: Checkpoint) -> DecoderConfig:
     check_tensors(shapes, expected_tensors(config), checkpoint.where)
     _check_dtypes({name: checkpoint.tensors[name].dtype for name in shapes}, checkpoint.where)
     return config
+
+
+def _check_sizes(config: DecoderConfig, where: object) -> None:
+    """No array has an axis of 2^31 or more."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, int) and value >= 2**31:
+            raise JaxftError(f"{where}, field {field.name}", f"is {value}, and must be below 2^31")
 
 
 def _check_dtypes(dtypes: dict[str, np.dtype], where: object) -> None:

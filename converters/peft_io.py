@@ -223,6 +223,9 @@ def _check_numbers(config: dict[str, Any], where: object) -> None:
     for name, rank in {"r": _field(config, "r"), **patterns["rank_pattern"]}.items():
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise JaxftError(f"{where}, rank of {name}", f"must be a positive integer, not {rank!r}")
+    dropout = _field(config, "lora_dropout")
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise JaxftError(f"{where}, field lora_dropout", f"must be a number in [0, 1), not {dropout!r}")
     for name, alpha in {"lora_alpha": _field(config, "lora_alpha"), **patterns["alpha_pattern"]}.items():
         if not isinstance(alpha, int | float) or isinstance(alpha, bool):
             raise JaxftError(f"{where}, alpha of {name}", f"must be a number, not {alpha!r}")

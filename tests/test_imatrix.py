@@ -168,6 +168,7 @@ def negative_log_likelihood(model: Any, ids: list[int]) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_smollm2_predicts_better_with_one(
     smollm2_gguf: Path, unpacked: Callable[[Pinned], Path], tmp_path: Path
 ) -> None:
@@ -176,19 +177,18 @@ def test_smollm2_predicts_better_with_one(
     lines = next(folder.rglob("c4_demo.jsonl")).read_text().splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     checkpoint = GGUFCheckpoint(smollm2_gguf)
-    importance = collect(checkpoint, "\n\n".join(texts[:60]), dataset="c4", max_chunks=12)
+    importance = collect(checkpoint, "\n\n".join(texts[:60]), dataset="c4", chunk_size=256, max_chunks=12)
     tokenizer = checkpoint.tokenizer()
     assert tokenizer is not None
-    held = [tokenizer(text)["input_ids"][:512] for text in texts[100:116]]
+    held = [tokenizer(text)["input_ids"][:256] for text in texts[100:124]]
     llama = LlamaCpp(unpacked(LLAMA_CPP), unpacked(LLAMA_CPP_DECLARATIONS))
     found: dict[str, list[float]] = {}
-    for mix in ("f16", "q2_k", "q3_k_m", "q4_k_m"):
+    for mix in ("q2_k", "q3_k_m", "q4_k_m"):
         for kind in (None, (tmp_path / "imatrix.gguf", importance)):
             path = write_gguf(checkpoint, tmp_path / "model.gguf", mix, importance=kind, overwrite=True)
             with llama.open(path) as model:
                 nll = np.average([negative_log_likelihood(model, ids) for ids in held], weights=[len(i) for i in held])
             found.setdefault(mix, []).append(float(nll))
     print({mix: [round(nll, 4) for nll in pair] for mix, pair in found.items()})
-    assert found["f16"][0] == found["f16"][1]
-    for mix in ("q2_k", "q3_k_m", "q4_k_m"):
-        assert found[mix][1] < found[mix][0], mix
+    for mix, (without, with_importance) in found.items():
+        assert with_importance < without, mix

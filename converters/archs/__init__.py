@@ -11,7 +11,7 @@ ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in (LLAMA,)}
 
 def arch_of(model_type: str | None, where: object) -> ArchSpec:
     """The ArchSpec of an HF model_type; raises JaxftError with the supported ones for any other."""
-    if model_type not in ARCHS:
+    if not isinstance(model_type, str) or model_type not in ARCHS:
         raise JaxftError(
             f"{where}, field model_type",
             f"{model_type!r} is not supported (supported: {', '.join(sorted(ARCHS))})",

@@ -176,6 +176,12 @@ class ArchSpec:
     def decoder_config(self, config: dict[str, Any], where: object) -> DecoderConfig:
         """The DecoderConfig of an HF config dict; raises JaxftError on any field that is not understood."""
         reader = ConfigReader(config, where)
-        result = self.read_config(reader)
+        try:
+            result = self.read_config(reader)
+        except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
+            # A string where a number should be, and the like: which field it is, only its value tells.
+            raise JaxftError(
+                where, f"a field has a value of the wrong kind: {error}", "Fetch config.json again"
+            ) from error
         reader.finish()
         return result
