@@ -80,6 +80,7 @@ MODELS = {
 LOSSES: dict[str, LossFunction] = {
     "sft": losses.sft,
     "policy": functools.partial(losses.policy, settings=losses.PolicyLoss()),
+    "policy_kl": functools.partial(losses.policy, settings=losses.PolicyLoss(beta=0.04)),
 }
 
 
@@ -122,7 +123,7 @@ def prepare(arguments: argparse.Namespace, rows: int, length: int, record: dict[
     record |= {"load_s": round(time.perf_counter() - start, 1), "after_load_gib": memory("bytes_in_use")}
     tx = optim.optimizer(arguments.optim, 1e-3)
     batch = random_batch(config, rows, length, arguments.accumulation)
-    if arguments.loss == "policy":
+    if arguments.loss != "sft":
         batch = policy_batch(batch)
     opt_state = tx.init(trainable)
     start = time.perf_counter()
@@ -201,7 +202,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget-gib", type=float, help="of --remat auto; what the device has if not given")
     parser.add_argument("--lora-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--optim", choices=("adamw", "adamw_8bit"), default="adamw_8bit")
-    parser.add_argument("--loss", choices=LOSSES, default="sft", help="policy: GRPO's, without a reference")
+    parser.add_argument("--loss", choices=LOSSES, default="sft", help="policy: GRPO's; _kl: with its reference pass")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of --shape in a step")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
