@@ -16,7 +16,7 @@ import yaml
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
 from converters.archs import arch_of
-from converters.archs.base import GGUFArch
+from converters.archs.base import ArchSpec, GGUFArch
 from converters.archs.gguf_rope import FREQUENCIES, rope_divisors
 from converters.checkpoint import Checkpoint
 from converters.gguf_mixes import MIXES, Choice, Mix, ModelFacts, choose_types
@@ -29,7 +29,6 @@ from jaxft.console import track, warn
 from jaxft.errors import JaxftError
 from jaxft.files import new_file
 from jaxft.models.config import DecoderConfig
-from jaxft.models.params import expected_tensors
 
 
 class _Tensor(NamedTuple):
@@ -73,9 +72,10 @@ def write_gguf(
         too large for the type.
     """
     mix = check_quantization(quantization)
-    arch = _architecture(checkpoint)
+    spec = arch_of(checkpoint.config.get("model_type"), checkpoint.where)
+    arch = _architecture(spec, checkpoint.where)
     config = check(checkpoint)
-    tensors = _plan(checkpoint, arch, config, mix, importance)
+    tensors = _plan(checkpoint, spec, config, mix, importance)
     metadata = _metadata(checkpoint, arch, config, mix.file_type)
     if importance is not None:
         metadata |= importance[1].metadata(importance[0])
@@ -91,22 +91,21 @@ def check_quantization(name: str) -> Mix:
     return MIXES[name]
 
 
-def _architecture(checkpoint: Checkpoint) -> GGUFArch:
-    spec = arch_of(checkpoint.config.get("model_type"), checkpoint.where)
+def _architecture(spec: ArchSpec, where: object) -> GGUFArch:
     if spec.gguf is None:
-        raise JaxftError(f"{checkpoint.where}, field model_type", f"{spec.model_type!r} cannot be written as GGUF yet")
+        raise JaxftError(f"{where}, field model_type", f"{spec.model_type!r} cannot be written as GGUF yet")
     return spec.gguf
 
 
 def _plan(
     checkpoint: Checkpoint,
-    arch: GGUFArch,
+    spec: ArchSpec,
     config: DecoderConfig,
     mix: Mix,
     importance: tuple[Path, ImportanceMatrix] | None,
 ) -> list[_Tensor]:
     """What is written, in the checkpoint's order; a stored copy of a tied head or computed buffers are left out."""
-    expected = expected_tensors(config)
+    arch, expected = _architecture(spec, checkpoint.where), spec.tensors(config).hf_shapes
     shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name in expected}
     names = gguf_names(shapes, arch.name, config.num_hidden_layers)
     queries_per_key = config.num_attention_heads // config.num_key_value_heads

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from converters.archs import arch_of
 from converters.checkpoint import Checkpoint
 from converters.load import EMBEDDING, check
 from jaxft.console import track
@@ -41,6 +42,7 @@ class StreamedDecoder:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.config = check(checkpoint)
         self._checkpoint = checkpoint
+        self._layout = arch_of(checkpoint.config["model_type"], checkpoint.where).tensors(self.config)
 
     def hidden(self, tokens: np.ndarray, run_layer: RunLayer | None = None, *, batch_size: int = 8) -> np.ndarray:
         """Hidden states after the last layer, before the final norm: float32 [B, T, D].
@@ -79,23 +81,27 @@ class StreamedDecoder:
                 self._checkpoint.where, f"has no token {tokens.max()}: its vocab_size is {self.config.vocab_size}"
             )
         used, index = np.unique(tokens, return_inverse=True)
-        rows = self._checkpoint.read(EMBEDDING)[used]
+        rows = self._read(EMBEDDING)[used]
         config = dataclasses.replace(_only(self.config, 0), vocab_size=len(used))
         decoder = self._build(config, {EMBEDDING: lambda: rows})
         return np.array(decoder.embed(jnp.asarray(index.reshape(tokens.shape), jnp.int32)))
+
+    def _read(self, name: str) -> np.ndarray:
+        """A tensor of the decoder."""
+        return self._layout.decoder[name].read(self._checkpoint.read)
 
     def _layer(self, layer: int) -> Decoder:
         config = dataclasses.replace(_only(self.config, layer), vocab_size=1)
         names = [name for name in expected_tensors(config) if name.startswith(_FIRST_LAYER)]
         prefix = _FIRST_LAYER.replace("0", str(layer))
-        sources = {name: partial(self._checkpoint.read, prefix + name.removeprefix(_FIRST_LAYER)) for name in names}
+        sources = {name: partial(self._read, prefix + name.removeprefix(_FIRST_LAYER)) for name in names}
         return self._build(config, sources)
 
     def _build(self, config: DecoderConfig, sources: dict[str, Callable[[], np.ndarray]]) -> Decoder:
         """A decoder of `config` with some tensors of the checkpoint; without sources, those outside of the layers."""
         shapes = expected_tensors(config)
         if not sources:
-            sources = {n: partial(self._checkpoint.read, n) for n in shapes if not n.startswith(_FIRST_LAYER)}
+            sources = {n: partial(self._read, n) for n in shapes if not n.startswith(_FIRST_LAYER)}
 
         def read(name: str) -> np.ndarray:
             return sources[name]() if name in sources else np.zeros(shapes[name], np.float32)

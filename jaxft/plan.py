@@ -129,7 +129,7 @@ def _bytes_per_token(decoder: Decoder) -> dict[str, int]:
         "v": kv_heads,
         "attn_out": heads,
         "mid": c.hidden_size,
-        "gate": c.intermediate_size,
+        "gate": c.intermediate_size if c.gated_mlp else 0,
         "up": c.intermediate_size,
         "lora_low_rank": ranks,
     }

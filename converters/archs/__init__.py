@@ -3,10 +3,39 @@
 from __future__ import annotations
 
 from converters.archs.base import ArchSpec
+from converters.archs.cohere import COHERE
+from converters.archs.gemma import GEMMA
+from converters.archs.gemma2 import GEMMA2
+from converters.archs.gemma3 import GEMMA3
+from converters.archs.granite import GRANITE
 from converters.archs.llama import LLAMA
+from converters.archs.mistral import MISTRAL
+from converters.archs.olmo2 import OLMO2
+from converters.archs.phi3 import PHI3
+from converters.archs.qwen2 import QWEN2
+from converters.archs.qwen3 import QWEN3
+from converters.archs.smollm3 import SMOLLM3
+from converters.archs.starcoder2 import STARCODER2
 from jaxft.errors import JaxftError
 
-ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in (LLAMA,)}
+ARCHS: dict[str, ArchSpec] = {
+    spec.model_type: spec
+    for spec in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        GEMMA,
+        GEMMA2,
+        GEMMA3,
+        PHI3,
+        GRANITE,
+        OLMO2,
+        SMOLLM3,
+        COHERE,
+        STARCODER2,
+    )
+}
 
 
 def arch_of(model_type: str | None, where: object) -> ArchSpec:

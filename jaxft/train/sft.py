@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,9 +15,11 @@ from flax import nnx
 
 from jaxft import console, losses, optim
 from jaxft.data.batch import Batch, Example
-from jaxft.data.chat import OnOverlong, preview, tokenize_rows
-from jaxft.data.formats import read_rows
+from jaxft.data.chat import preview
+from jaxft.data.examples import OnBadRow, OnOverlong, RowSettings, tokenize_rows
 from jaxft.data.loader import BatchLoader
+from jaxft.data.sources import Source
+from jaxft.data.turns import Markers
 from jaxft.errors import JaxftError
 from jaxft.files import prepare_output_dir
 from jaxft.optim import Optimizer, Scheduler
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
     from jaxft.api import LanguageModel
 
-Rows = str | Path | Iterable[Mapping[str, Any]]
+Rows = str | Path | Iterable[Any] | Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,8 @@ class SFTConfig:
       max_seq_length: tokens in a row; None takes the model's.
       assistant_only_loss: learn the assistant's turns only.
       on_overlong: what becomes of rows over max_seq_length.
+      on_bad_row: what becomes of rows that cannot be read, have no known form or nothing to learn from.
+      dataset_text_field: the key of plain text, which then decides before any other form; None recognises forms.
       memory_budget_gib: what use_gradient_checkpointing="auto" may use of the device; None is what it has.
     """
 
@@ -83,6 +87,8 @@ class SFTConfig:
     max_seq_length: int | None = None
     assistant_only_loss: bool = True
     on_overlong: OnOverlong = "error"
+    on_bad_row: OnBadRow = "error"
+    dataset_text_field: str | None = None
     memory_budget_gib: float | None = None
 
     def __post_init__(self) -> None:
@@ -125,6 +131,7 @@ class SFTTrainer:
         self.args = args
         self.tokenizer = tokenizer or model.tokenizer
         self.callbacks = callbacks
+        self.response_markers: Markers | None = None  # of conversations that were rendered already
         self._train_dataset = train_dataset
         self._eval_dataset = eval_dataset
 
@@ -178,13 +185,7 @@ class SFTTrainer:
     def _examples(self, rows: Rows | None, name: str) -> list[Example]:
         if rows is None:
             raise JaxftError(name, "is missing")
-        tokenized = tokenize_rows(
-            read_rows(rows, name),
-            self._required_tokenizer(),
-            max_seq_length=self._max_seq_length,
-            assistant_only_loss=self.args.assistant_only_loss,
-            on_overlong=self.args.on_overlong,
-        )
+        tokenized = tokenize_rows(rows, self._required_tokenizer(), self._row_settings, name)
         check_vocabulary(tokenized.examples, self.model.decoder.config.vocab_size)
         console.console.print(f"{name}: {tokenized}", soft_wrap=True)
         return tokenized.examples
@@ -193,6 +194,18 @@ class SFTTrainer:
         if self.tokenizer is None:
             raise JaxftError("tokenizer", "the model has none", "Pass one to SFTTrainer")
         return self.tokenizer
+
+    @property
+    def _row_settings(self) -> RowSettings:
+        args = self.args
+        return RowSettings(
+            self._max_seq_length,
+            args.assistant_only_loss,
+            args.on_overlong,
+            args.on_bad_row,
+            args.dataset_text_field,
+            self.response_markers,
+        )
 
     @property
     def _max_seq_length(self) -> int:
