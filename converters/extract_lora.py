@@ -11,6 +11,7 @@ import dataclasses
 
 import numpy as np
 
+from converters.archs import arch_of
 from converters.checkpoint import Checkpoint
 from converters.diff import compare_arrays
 from converters.load import check
@@ -48,7 +49,9 @@ def extract_lora(base: Checkpoint, tuned: Checkpoint, r: int) -> Extraction:
     Raises:
       JaxftError: a checkpoint that is not understood, two that do not have the same tensors, or no difference at all.
     """
-    linears = set(quantizable_tensors(check(base)))
+    config = check(base)
+    layout = arch_of(base.config["model_type"], base.where).tensors(config)
+    linears = {hf for name in quantizable_tensors(config) for hf in layout.decoder[name].names}
     check(tuned)
     problems = [name for name in base.tensors if name in linears and _shape(tuned, name) != _shape(base, name)]
     if problems:

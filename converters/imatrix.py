@@ -94,21 +94,29 @@ def collect(checkpoint: Checkpoint, text: str, *, dataset: str, chunk_size: int 
     Raises:
       JaxftError: no tokenizer, an empty text, or an architecture that is not understood or that GGUF cannot hold.
     """
+    return collect_rows(
+        checkpoint, _rows(checkpoint, text, chunk_size, max_chunks), dataset=dataset, batch_size=batch_size
+    )
+
+
+def collect_rows(checkpoint: Checkpoint, tokens: np.ndarray, *, dataset: str, batch_size: int = 4) -> ImportanceMatrix:
+    """As `collect`, of token ids int32 [chunks, chunk_size]."""
     spec = arch_of(checkpoint.config.get("model_type"), checkpoint.where)
     if spec.gguf is None:
         raise JaxftError(f"{checkpoint.where}, field model_type", f"{spec.model_type!r} cannot be written as GGUF yet")
     model = StreamedDecoder(checkpoint)
-    tokens = _rows(checkpoint, text, chunk_size, max_chunks)
-    sums: dict[str, np.ndarray] = {}
+    by_layer: dict[str, np.ndarray] = {}
 
     def run_layer(layer: int, decoder: Decoder, hidden: jax.Array, positions: jax.Array) -> jax.Array:
         hidden, squares = _observed_layer(*nnx.split(decoder), hidden, positions)
         for name, total in squares.items():
             name = hf_name(tuple(name.split(".")), layer)
-            sums[name] = sums.get(name, 0) + np.asarray(total)
+            by_layer[name] = by_layer.get(name, 0) + np.asarray(total)
         return hidden
 
     model.hidden(tokens, run_layer, batch_size=batch_size)
+    # Linears that the checkpoint keeps as one read the same, so any of them stands for all.
+    sums = {model.layout.decoder[name].names[0]: total for name, total in by_layer.items()}
     names = gguf_names(sums, spec.gguf.name, model.config.num_hidden_layers)
     return ImportanceMatrix(
         sums={names[name]: np.atleast_2d(total) for name, total in sums.items()},

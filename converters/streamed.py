@@ -42,7 +42,7 @@ class StreamedDecoder:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.config = check(checkpoint)
         self._checkpoint = checkpoint
-        self._layout = arch_of(checkpoint.config["model_type"], checkpoint.where).tensors(self.config)
+        self.layout = arch_of(checkpoint.config["model_type"], checkpoint.where).tensors(self.config)
 
     def hidden(self, tokens: np.ndarray, run_layer: RunLayer | None = None, *, batch_size: int = 8) -> np.ndarray:
         """Hidden states after the last layer, before the final norm: float32 [B, T, D].
@@ -88,7 +88,7 @@ class StreamedDecoder:
 
     def _read(self, name: str) -> np.ndarray:
         """A tensor of the decoder."""
-        return self._layout.decoder[name].read(self._checkpoint.read)
+        return self.layout.decoder[name].read(self._checkpoint.read)
 
     def _layer(self, layer: int) -> Decoder:
         config = dataclasses.replace(_only(self.config, layer), vocab_size=1)

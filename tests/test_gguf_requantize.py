@@ -60,7 +60,7 @@ def test_what_keeps_its_type_keeps_its_bytes(exact: Path, tmp_path: Path):
 def test_bad_input(exact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     nameless = gguf_files.changed(exact, tmp_path / "nameless.gguf", {"llama.block_count": None})
     for arguments, words in {
-        (exact, "q9_9"): "'q9_9' is not known",
+        (exact, "q9_9"): "quantization 'q9_9': is not known",
         (nameless, "q8_0"): "does not say how many layers",
         (tmp_path / "gone.gguf", "q8_0"): "cannot be read",
     }.items():
