@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import ml_dtypes
@@ -92,6 +93,11 @@ class MergedCheckpoint(DerivedCheckpoint):
         if problems:
             raise JaxftError(base.where, f"is not the base of this adapter: {'; '.join(problems)}")
 
+    @property
+    def adapted(self) -> list[str]:
+        """The weights that the adapter changes."""
+        return [f"{module}.weight" for module in self._adapter.modules]
+
     def _module_problems(self, module: str) -> list[str]:
         tensors = self._adapter.tensors
         if self._is_embedding(module):
@@ -109,14 +115,17 @@ class MergedCheckpoint(DerivedCheckpoint):
     def read(self, name: str) -> np.ndarray:
         """One tensor, with all that the adapter says of it."""
         dtype = self.tensors[name].dtype
-        if name in self._whole:
-            weight = self._adapter.tensors[name]
-        else:
-            weight = self._base.read(name if name in self._base.tensors else EMBEDDING)
+        weight = self.before(name)
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in self._adapted:
             weight = self._merged(module, weight.astype(np.float32))
         return weight.astype(dtype)
+
+    def before(self, name: str) -> np.ndarray:
+        """One tensor without its low-rank change."""
+        if name in self._whole:
+            return self._adapter.tensors[name]
+        return self._base.read(name if name in self._base.tensors else EMBEDDING)
 
     def _merged(self, module: str, weight: np.ndarray) -> np.ndarray:
         merged = weight + np.float32(scale_of(self._adapter, module)) * self._change(module)
@@ -139,6 +148,30 @@ class MergedCheckpoint(DerivedCheckpoint):
 
     def _is_embedding(self, module: str) -> bool:
         return f"{module}.lora_embedding_A" in self._adapter.tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundingLoss:
+    """What storing merged weights in fewer bits loses, over all adapted weights (root mean squares).
+
+    Attributes:
+      of_weights: the rounding errors over the merged weights.
+      of_change: the rounding errors over what the adapter changed.
+    """
+
+    of_weights: float
+    of_change: float
+
+
+def rounding_loss(merged: MergedCheckpoint, stored: Checkpoint) -> RoundingLoss:
+    """Compares the merged weights with what a checkpoint holds of them, one tensor at a time."""
+    errors, weights, changes = np.zeros(3)
+    for name in merged.adapted:
+        exact = merged.read(name).astype(np.float64)
+        errors += np.square(stored.read(name) - exact).sum()
+        weights += np.square(exact).sum()
+        changes += np.square(exact - merged.before(name)).sum()
+    return RoundingLoss(*(float(np.sqrt(errors / max(of, np.finfo(float).tiny))) for of in (weights, changes)))
 
 
 class CastCheckpoint(DerivedCheckpoint):

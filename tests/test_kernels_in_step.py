@@ -54,7 +54,8 @@ def lowered_step(remat: str, use_dora: bool = False) -> str:
     return step.trace(trainable, frozen, tx.init(trainable), batch).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+# "full" is among the slow ones because DoRA's test below has all of its kernels.
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_kernels_are_in_the_step_once_each_where_expected(remat: str) -> None:
     with h100():
         counts = kernel_names(lowered_step(remat))

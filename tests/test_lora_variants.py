@@ -194,6 +194,7 @@ def test_an_adapter_from_the_original_weights_computes_the_same(case: str) -> No
     assert relative_l2(hidden_states(lora.without_adapter(decoder), cases.TOKENS), base) < 1e-5
 
 
+@pytest.mark.slow
 def test_pissa_by_subspace_iteration_finds_the_largest_singular_values() -> None:
     exact, iterated = decoder_of(cases.CONFIG), decoder_of(cases.CONFIG)
     for decoder, start in ((exact, "pissa"), (iterated, "pissa_niter_16")):
