@@ -44,15 +44,16 @@ class RandomAccess(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Any: ...
+    def __getitem__(self, step: int) -> Any: ...
 
 
 def iterate(batches: RandomAccess) -> BatchIterator:
     """An iterator over batches[0], batches[1], ...; a thread of grain's makes the next ones in the meantime."""
     import grain  # imports jax
 
+    source: Any = batches
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD)
-    return BatchIterator(grain.MapDataset.source(batches).to_iter_dataset(options), batches.order)
+    return BatchIterator(grain.MapDataset.source(source).to_iter_dataset(options), batches.order)
 
 
 class BatchIterator:
