@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxft.data.batch import Batch, Example, lay_out
+from jaxft.data.examples import overlong
 from jaxft.data.iteration import BatchIterator, iterate
-from jaxft.data.packing import pack
+from jaxft.data.packing import arrange
 from jaxft.errors import JaxftError
 
 
@@ -132,18 +133,8 @@ class BatchLoader:
         return self._cached[1]
 
     def _make_rows(self, epoch: int) -> list[list[int]]:
-        rng = np.random.default_rng((self.seed, epoch))
-        order = np.arange(len(self.examples))
-        if self.shuffle:
-            rng.shuffle(order)
-        if not self.packing:
-            return order[:, None].tolist()
-        # Packing sorts by length, stably: this shuffle decides which of the equally long documents come together, and
-        # the rows, which come out with the longest documents first, need one of their own.
-        rows = [order[row].tolist() for row in pack(self._lengths[order], self.max_seq_length, self.max_segments)]
-        if self.shuffle:
-            rng.shuffle(rows)
-        return rows
+        rng = np.random.default_rng((self.seed, epoch)) if self.shuffle else None
+        return arrange(self._lengths, self.max_seq_length, self.packing, self.max_segments, rng)
 
     def _row_length(self, rows: list[list[int]]) -> int:
         if self.packing or self.pad_to_multiple_of is None:
@@ -174,10 +165,6 @@ def _check(examples: Sequence[Example], max_seq_length: int) -> None:
         raise JaxftError("data set", "has no examples")
     for example in examples:
         if len(example.tokens) > max_seq_length:
-            raise JaxftError(
-                example.where,
-                f"has {len(example.tokens)} tokens; max_seq_length is {max_seq_length}",
-                'Raise max_seq_length, or set on_overlong to "truncate" or "drop".',
-            )
+            raise overlong(example, max_seq_length)
     if not any(example.loss_mask[1:].any() for example in examples):
         raise JaxftError("data set", "has every label masked: there is nothing to learn from")

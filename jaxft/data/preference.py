@@ -12,9 +12,10 @@ import numpy as np
 
 from jaxft.data.batch import Batch, Example, PairBatch, Pairs, lay_out
 from jaxft.data.chat import RowTokenizer
-from jaxft.data.formats import parse_row, read_objects
+from jaxft.data.formats import parse_row
 from jaxft.data.iteration import BatchIterator, iterate
-from jaxft.data.packing import pack
+from jaxft.data.packing import arrange
+from jaxft.data.sources import read_objects
 from jaxft.errors import JaxftError
 
 if TYPE_CHECKING:
@@ -193,11 +194,5 @@ class PairLoader:
         return PairBatch(text, mask, mask * np.float32(present.sum() / chosen_tokens), reference)
 
     def _epoch_rows(self, epoch: int) -> list[list[int]]:
-        rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(len(self.pairs))
-        if self.pairs_per_row == 1:
-            return order[:, None].tolist()
-        # As in BatchLoader: one shuffle decides which equally long pairs come together, one the order of the rows.
-        rows = [order[row].tolist() for row in pack(self._lengths[order], self.max_seq_length, MAX_PAIRS)]
-        rng.shuffle(rows)
-        return rows
+        rng, packing = np.random.default_rng((self.seed, epoch)), self.pairs_per_row > 1
+        return arrange(self._lengths, self.max_seq_length, packing, MAX_PAIRS, rng)

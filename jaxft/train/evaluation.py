@@ -15,8 +15,8 @@ from flax import nnx
 
 from jaxft import console, losses
 from jaxft.data.batch import Example
-from jaxft.data.formats import read_objects
 from jaxft.data.loader import BatchLoader
+from jaxft.data.sources import read_objects
 from jaxft.errors import JaxftError
 from jaxft.models.decoder import Decoder
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxft import console, losses
 from jaxft.data.batch import Example, PolicyBatch, lay_out
-from jaxft.data.formats import read_objects
+from jaxft.data.sources import read_objects
 from jaxft.errors import JaxftError
 from jaxft.files import new_file, prepare_output_dir
 from jaxft.generate import Completions, complete

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,11 @@ import jax
 
 from jaxft import console, losses
 from jaxft.data.batch import Example
-from jaxft.data.chat import OnOverlong, preview, tokenize_rows
-from jaxft.data.formats import read_objects, read_rows
+from jaxft.data.chat import preview
+from jaxft.data.examples import OnBadRow, OnOverlong, RowSettings, tokenize_rows
 from jaxft.data.loader import BatchLoader
+from jaxft.data.sources import Source, read_objects
+from jaxft.data.turns import Markers
 from jaxft.errors import JaxftError
 from jaxft.files import prepare_output_dir
 from jaxft.models.decoder import Decoder
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from jaxft.api import LanguageModel
 
-Rows = str | Path | Iterable[Mapping[str, Any]]
+Rows = str | Path | Iterable[Any] | Source
 
 
 @known_names_only
@@ -40,7 +42,8 @@ class SFTConfig(TrainingArguments):
       max_seq_length: tokens in a row; None takes the model's.
       assistant_only_loss: learn the assistant's turns only.
       on_overlong: what becomes of rows over max_seq_length.
-      dataset_text_field: the column that holds plain text; None recognises the form of the rows.
+      on_bad_row: what becomes of rows that cannot be read, have no known form or nothing to learn from.
+      dataset_text_field: the key of plain text, which then decides before any other form; None recognises forms.
       neftune_noise_alpha: of the noise on the embeddings, 5 to 15 as a rule; None adds none.
     """
 
@@ -48,6 +51,7 @@ class SFTConfig(TrainingArguments):
     max_seq_length: int | None = None
     assistant_only_loss: bool = True
     on_overlong: OnOverlong = "error"
+    on_bad_row: OnBadRow = "error"
     dataset_text_field: str | None = None
     neftune_noise_alpha: float | None = None
 
@@ -94,6 +98,7 @@ class SFTTrainer:
         self.tokenizer = tokenizer or processing_class or model.tokenizer
         self.callbacks = callbacks
         self.formatting_func = formatting_func
+        self.response_markers: Markers | None = None  # of conversations that were rendered already
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
 
@@ -161,30 +166,29 @@ class SFTTrainer:
     def _examples(self, rows: Rows | None, name: str) -> list[Any]:
         if rows is None:
             raise JaxftError(name, "is missing")
-        tokenized = tokenize_rows(
-            read_rows(self._texts(rows, name), name),
-            self._required_tokenizer(),
-            max_seq_length=self._max_seq_length,
-            assistant_only_loss=self.args.assistant_only_loss,
-            on_overlong=self.args.on_overlong,
-        )
+        if self.formatting_func is not None:
+            rows = [{"text": self.formatting_func(row)} for _, row in read_objects(rows, name)]
+        tokenized = tokenize_rows(rows, self._required_tokenizer(), self._row_settings, name)
         check_vocabulary(tokenized.examples, self.model.decoder.config.vocab_size)
         console.console.print(f"{name}: {tokenized}", soft_wrap=True)
         return tokenized.examples
-
-    def _texts(self, rows: Rows, name: str) -> Rows:
-        """The rows, or what formatting_func and dataset_text_field make of them."""
-        field = self.args.dataset_text_field
-        if self.formatting_func is not None:
-            return [{"text": self.formatting_func(row)} for _, row in read_objects(rows, name)]
-        if field is None:
-            return rows
-        return list(_text_columns(read_objects(rows, name), field))
 
     def _required_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             raise JaxftError("tokenizer", "the model has none", "Pass one to SFTTrainer")
         return self.tokenizer
+
+    @property
+    def _row_settings(self) -> RowSettings:
+        args = self.args
+        return RowSettings(
+            self._max_seq_length,
+            args.assistant_only_loss,
+            args.on_overlong,
+            args.on_bad_row,
+            args.dataset_text_field,
+            self.response_markers,
+        )
 
     @property
     def _max_seq_length(self) -> int:
@@ -214,13 +218,6 @@ class SFTTrainer:
         console.console.print(
             "first row, trained tokens coloured:", preview(example, self._required_tokenizer()), soft_wrap=True
         )
-
-
-def _text_columns(rows: Iterable[tuple[str, Any]], field: str) -> Iterator[dict[str, str]]:
-    for where, row in rows:
-        if not isinstance(row, Mapping) or not isinstance(row.get(field), str):
-            raise JaxftError(where, f"has no text in the column {field!r}", "dataset_text_field names that column")
-        yield {"text": row[field]}
 
 
 def check_vocabulary(examples: Sequence[Example], vocab_size: int) -> None:
