@@ -10,7 +10,8 @@ import numpy as np
 
 from converters.archs import arch_of
 from converters.checkpoint import Checkpoint, TensorInfo
-from converters.peft_io import EMBEDDING, HEAD, Adapter, scale_of
+from converters.load import EMBEDDING, HEAD
+from converters.peft_io import Adapter, scale_of
 from jaxft.errors import JaxftError
 from jaxft.models.decoder import Decoder
 from jaxft.models.params import TensorView, tensor_views

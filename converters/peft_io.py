@@ -14,13 +14,13 @@ import numpy as np
 
 from converters.checkpoint import TensorInfo
 from converters.hf_files import ADAPTER_CONFIG, read_json, write_json
+from converters.load import EMBEDDING, HEAD
 from converters.safetensors_io import SafetensorsFile, write_safetensors
 from jaxft.errors import JaxftError
 from jaxft.files import new_folder
 from jaxft.lora import Bias, LoraConfig
 
 WEIGHTS = "adapter_model.safetensors"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _PREFIX = "base_model.model."
 _BASE_LAYER = ".base_layer"  # what peft puts into the names of an adapted module's own parameters
 _A, _B = ".lora_A.weight", ".lora_B.weight"
