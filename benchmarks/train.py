@@ -14,7 +14,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,7 +142,7 @@ def prepare(arguments: argparse.Namespace, rows: int, length: int, record: dict[
     return Prepared(step, [trainable, opt_state], frozen, batch)
 
 
-def compiled(decoder: Decoder, tx: Any, inputs: Any, loss: LossFunction, policy: str) -> Any:
+def compiled(decoder: Decoder, tx: Any, inputs: Any, loss: Callable[..., Any], policy: str) -> Any:
     """The step of one policy."""
     decoder.remat = policy
     loss = functools.partial(loss, dropout_key=jax.random.key(0))  # of use only where adapters drop something
