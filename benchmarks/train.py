@@ -14,7 +14,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +96,7 @@ class Prepared(NamedTuple):
 def main() -> None:
     arguments = parse_arguments()
     rows, length = map(int, arguments.shape.split("x"))
-    names = ("model", "quant", "remat", "lora_dtype", "optim", "loss", "accumulation")
+    names = ("model", "quant", "remat", "lora_dtype", "lora_dropout", "use_dora", "optim", "loss", "accumulation")
     settings = {name: getattr(arguments, name) for name in names}
     record: dict[str, Any] = {"kind": "train", "job": "jaxft", **settings, "batch": rows, "seq": length}
     prepared = prepare(arguments, rows, length, record)
@@ -117,7 +117,8 @@ def prepare(arguments: argparse.Namespace, rows: int, length: int, record: dict[
     config = MODELS[arguments.model]
     start = time.perf_counter()
     decoder = random_decoder(config, arguments.quant)
-    lora.attach(decoder, lora.LoraConfig(r=16), key=jax.random.key(0), dtype=jnp.dtype(arguments.lora_dtype))
+    adapter = lora.LoraConfig(r=16, lora_dropout=arguments.lora_dropout, use_dora=arguments.use_dora)
+    lora.attach(decoder, adapter, key=jax.random.key(0), dtype=jnp.dtype(arguments.lora_dtype))
     _, trainable, frozen = labels.split(decoder)
     jax.block_until_ready((trainable, frozen))
     record |= {"load_s": round(time.perf_counter() - start, 1), "after_load_gib": memory("bytes_in_use")}
@@ -141,9 +142,10 @@ def prepare(arguments: argparse.Namespace, rows: int, length: int, record: dict[
     return Prepared(step, [trainable, opt_state], frozen, batch)
 
 
-def compiled(decoder: Decoder, tx: Any, inputs: Any, loss: LossFunction, policy: str) -> Any:
+def compiled(decoder: Decoder, tx: Any, inputs: Any, loss: Callable[..., Any], policy: str) -> Any:
     """The step of one policy."""
     decoder.remat = policy
+    loss = functools.partial(loss, dropout_key=jax.random.key(0))  # of use only where adapters drop something
     step: Any = make_train_step(labels.split(decoder)[0], loss, tx, remat=policy)
     return step.lower(*inputs).compile()
 
@@ -200,6 +202,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", default="2x2048", help="rows x tokens")
     parser.add_argument("--remat", default="offload", help="a policy of jaxft.models.remat, or auto")
     parser.add_argument("--budget-gib", type=float, help="of --remat auto; what the device has if not given")
+    parser.add_argument("--use-dora", action="store_true")
+    parser.add_argument("--lora-dropout", type=float, default=0.0)
     parser.add_argument("--lora-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--optim", choices=("adamw", "adamw_8bit"), default="adamw_8bit")
     parser.add_argument("--loss", choices=LOSSES, default="sft", help="policy: GRPO's; _kl: with its reference pass")

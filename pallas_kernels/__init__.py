@@ -10,7 +10,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.lora_linear import lora_linear, lora_qkv
 from pallas_kernels.lora_mlp import lora_mlp
-from pallas_kernels.lora_parts import LoraWeights, row_norms
+from pallas_kernels.lora_parts import LoraWeights, decoded, row_norms
 from pallas_kernels.nf4_matmul import nf4_matmul
 from pallas_kernels.op import OPS, Case, Choice, Explanation, Implementation, ImplementationError, Op, explain
 from pallas_kernels.rms_norm import add_rms_norm, rms_norm
@@ -30,6 +30,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "cached_attention",
+    "decoded",
     "explain",
     "gated_activation",
     "gated_activation_backward",

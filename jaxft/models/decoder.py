@@ -186,9 +186,13 @@ class Decoder(nnx.Module):
         return hidden_BTD, new_cache
 
     def head(self) -> jax.Array:
-        """The output matrix [V, D]: the head's weight, or the embedding where they are tied."""
-        module = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return module.weight.get_value()
+        """The output matrix [V, D], adapter and all: the head's weight, or the embedding where they are tied."""
+        embedding = self.model.embed_tokens
+        if self.lm_head is None:
+            return embedding.weight.get_value().astype(embedding.dtype)
+        if self.lm_head.lora_A is None:
+            return self.lm_head.weight.get_value().astype(embedding.dtype)
+        return self.lm_head.effective_weight().astype(embedding.dtype)
 
     def head_settings(self, temperature: float = 1.0) -> dict[str, Any]:
         """What ops over the head need beside its matrix: `soft_cap` and `logit_scale`, of logits / temperature."""
