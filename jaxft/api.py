@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,9 @@ from jaxft.fetch import cache_dir
 from jaxft.files import prepare_output_dir
 from jaxft.generate import Sampling, generate
 from jaxft.generation.text import StopStrings, TextStream
+from jaxft.models import labels
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
-from jaxft.models.labels import split
 from jaxft.models.remat import parse_remat
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
     from converters.peft_io import Adapter
 
-SaveMethod = Literal["merged", "merged_16bit"]
+SaveMethod = Literal["merged", "merged_16bit", "merged_4bit", "lora"]
 BaseWeights = Literal["original", "loaded"]
 TokenIds = Sequence[Sequence[int]] | np.ndarray | jax.Array
 
@@ -188,7 +188,7 @@ class LanguageModel:
 
     def trainable_parameters(self) -> int:
         """How many values train."""
-        return sum(leaf.size for leaf in jax.tree.leaves(split(self.decoder)[1]))
+        return sum(leaf.size for leaf in jax.tree.leaves(labels.split(self.decoder)[1]))
 
     def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False) -> Path:
         """Writes the adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
@@ -216,18 +216,25 @@ class LanguageModel:
         Args:
           save_directory: must be empty or not exist, unless `overwrite`.
           tokenizer: accepted for the sake of the usual call; the checkpoint's own files are carried over.
-          save_method: "merged" keeps every tensor's stored dtype; "merged_16bit" makes wider ones bfloat16.
+          save_method: "merged" keeps every tensor's stored dtype; "merged_16bit" makes wider ones bfloat16;
+            "merged_4bit" keeps the linears of the layers in NF4, as bitsandbytes stores it; "lora" writes the adapter
+            alone, as `save_pretrained`.
           base: W is the "original" checkpoint's, or the weight as "loaded", that is, through its quantization.
         """
+        from converters.bnb import write_bnb
         from converters.hf_export import write_hf
         from converters.merge import CastCheckpoint
 
-        if save_method not in ("merged", "merged_16bit"):
-            raise JaxftError("save_method", f"{save_method!r} is not known", "Choose merged or merged_16bit")
+        if save_method == "lora":
+            return self.save_pretrained(save_directory, overwrite=overwrite)
+        if save_method not in get_args(SaveMethod):
+            known = ", ".join(get_args(SaveMethod))
+            raise JaxftError("save_method", f"{save_method!r} is not known", f"Choose one of {known}")
         merged = self._merged(base)
         if save_method == "merged_16bit":
             merged = CastCheckpoint(merged)
-        path = write_hf(merged, Path(save_directory), overwrite=overwrite)
+        write = write_bnb if save_method == "merged_4bit" else write_hf
+        path = write(merged, Path(save_directory), overwrite=overwrite)
         console.wrote(path, f"Hugging Face checkpoint, {save_method}, from the {base} weights")
         return path
 
@@ -275,7 +282,8 @@ class LanguageModel:
 
         if base not in ("original", "loaded"):
             raise JaxftError("base", f"{base!r} is not known", "Choose original or loaded")
-        original = base == "original"
+        # Without an adapter, weights that train are no longer those of the checkpoint; with one, it holds them.
+        original = base == "original" and (self.lora_config is not None or not labels.trained_kinds(self.decoder))
         weights = self.source if original else DecoderCheckpoint(self.decoder, self.source)
         if self.lora_config is None:
             return weights
@@ -291,6 +299,8 @@ class FastLanguageModel:
         max_seq_length: int = 2048,
         dtype: DTypeLike | None = None,
         load_in_4bit: bool = True,
+        full_finetuning: bool = False,
+        use_gradient_checkpointing: str | bool = "full",
     ) -> tuple[LanguageModel, PreTrainedTokenizerBase | None]:
         """Loads a model and its tokenizer.
 
@@ -301,12 +311,15 @@ class FastLanguageModel:
           dtype: of activations and of what is not quantized; None is bfloat16 on a GPU and float32 on a CPU.
           load_in_4bit: keep the linears of the layers in NF4 with double quantization; weights that are stored in NF4
             stay as they are. From 1 GiB on, the converted weights are kept in jaxft's cache folder for the next time.
+          full_finetuning: every weight trains, in `dtype`, without an adapter; needs load_in_4bit=False.
+          use_gradient_checkpointing: with full_finetuning, what `get_peft_model` calls so.
 
         Returns:
           (model, tokenizer); the tokenizer is None, with a warning, where the checkpoint has none.
 
         Raises:
-          JaxftError: a checkpoint that cannot be read or is not understood, or a GPU that is too old.
+          JaxftError: a checkpoint that cannot be read or is not understood, a GPU that is too old, or full_finetuning
+            of a quantized model or of an adapter.
         """
         from converters.converted import load_nf4
         from converters.load import load_decoder
@@ -326,9 +339,26 @@ class FastLanguageModel:
         if tokenizer is None:
             console.warn(f"{source.where} has no tokenizer files; the tokenizer is None")
         model = LanguageModel(decoder, tokenizer, source, name, max_seq_length)
+        if full_finetuning:
+            if adapter:
+                raise JaxftError("full_finetuning", f"{model_name} is an adapter", "Merge it first, and load that")
+            decoder.remat = parse_remat(use_gradient_checkpointing)
+            labels.set_trainable(decoder, labels.base_kinds(decoder))
         if adapter:
             _load_adapter(model, adapter)
         return model, tokenizer
+
+    @staticmethod
+    def for_inference(model: LanguageModel) -> LanguageModel:
+        """Changes nothing and says so: a model here generates and trains without being switched."""
+        console.console.print("for_inference has no effect: the model can generate as it is")
+        return model
+
+    @staticmethod
+    def for_training(model: LanguageModel) -> LanguageModel:
+        """Changes nothing and says so; see `for_inference`."""
+        console.console.print("for_training has no effect: the model can train as it is")
+        return model
 
     @staticmethod
     def get_peft_model(

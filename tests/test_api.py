@@ -288,6 +288,34 @@ def test_merged_16bit(model: LanguageModel, expected: np.ndarray, tmp_path: Path
     assert 1e-4 < rms(logits_of(again), expected) < 0.05
 
 
+def test_the_other_save_methods(model: LanguageModel, base: LanguageModel, tmp_path: Path):
+    """The adapter alone, and bitsandbytes' NF4 of the merged weights: what quantizing them gives."""
+    path = model.save_pretrained_merged(tmp_path / "lora", save_method="lora")
+    assert read_adapter(path).tensors.keys() == read_adapter(model.save_pretrained(tmp_path / "adapter")).tensors.keys()
+    four = loaded(model.save_pretrained_merged(tmp_path / "four", save_method="merged_4bit"), load_in_4bit=True)
+    merged = loaded(model.save_pretrained_merged(tmp_path / "merged", save_method="merged"), load_in_4bit=True)
+    np.testing.assert_array_equal(logits_of(four), logits_of(merged))
+    assert rms(logits_of(four), logits_of(base)) > 0.01
+
+
+def test_full_fine_tuning_trains_and_saves_every_weight(tiny_hf_dir: Path, tmp_path: Path, capsys):
+    model = loaded(tiny_hf_dir, full_finetuning=True)
+    assert model.trainable_parameters() == sum(np.prod(t.shape) for t in HFCheckpoint(tiny_hf_dir).tensors.values())
+    assert model.decoder.remat == "full"
+    weight = model.decoder.model.embed_tokens.weight
+    weight.set_value(weight.get_value() * 2)
+    path = model.save_pretrained_merged(tmp_path / "merged", save_method="merged")
+    name = "model.embed_tokens.weight"
+    np.testing.assert_array_equal(HFCheckpoint(path).read(name), 2 * HFCheckpoint(tiny_hf_dir).read(name))
+    with pytest.raises(JaxftError, match="is quantized and cannot train"):
+        loaded(tiny_hf_dir, load_in_4bit=True, full_finetuning=True)
+    capsys.readouterr()
+    assert FastLanguageModel.for_training(FastLanguageModel.for_inference(model)) is model
+    said = capsys.readouterr().err
+    assert "for_inference has no effect" in said
+    assert "for_training has no effect" in said
+
+
 def test_merging_into_the_loaded_base(tiny_hf_dir: Path, tmp_path: Path):
     """QLoRA trains against the quantized base: merged into that, the logits are the adapter's own."""
     model = adapted(tiny_hf_dir, load_in_4bit=True)
@@ -342,8 +370,8 @@ def test_outputs_that_cannot_be(model: LanguageModel, save, tmp_path: Path):
 
 def test_unknown_methods_write_nothing(model: LanguageModel, tmp_path: Path):
     out = tmp_path / "out"
-    with pytest.raises(JaxftError, match=r"save_method: 'lora' is not known\. Choose merged or merged_16bit"):
-        model.save_pretrained_merged(out, save_method="lora")
+    with pytest.raises(JaxftError, match=r"save_method: 'gptq' is not known\. Choose one of merged, merged_16bit"):
+        model.save_pretrained_merged(out, save_method="gptq")
     with pytest.raises(JaxftError, match=r"GGUF quantization 'q9_9': is not known \(known: f32, f16, bf16, q8_0,"):
         model.save_pretrained_gguf(out, quantization_method=["f16", "q9_9"])
     assert not out.exists()

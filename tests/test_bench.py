@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import sft_loop
 from pallas_kernels import OPS, bench
 
 SIZES = bench.Sizes(rows=2, length=16, hidden=64, intermediate=128, heads=2, kv_heads=1, head_dim=16, vocab=200, rank=2)
@@ -64,3 +65,15 @@ def test_results_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     results = json.loads((tmp_path / "kernels.json").read_text())
     assert {row["implementation"] for row in results["rows"]} == {"xla", "pallas"}
     assert "wrote" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_loop_beside_the_bare_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path):
+    """benchmarks/sft_loop.py on the tiny model: rows are fuller packed, and every number is there."""
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    flags = {"model": "tiny", "rows": 1, "seq": 256, "documents": 24, "steps": 2, "save-steps": 1, "remat": "none"}
+    sft_loop.main([part for name, value in flags.items() for part in (f"--{name}", str(value))])
+    (record,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert record["utilisation"] > record["padded_utilisation"]
+    assert record["loop_overhead"] == pytest.approx(record["loop_step_ms"] / record["bare_step_ms"] - 1)
+    assert record["packed_over_padded"] == pytest.approx(record["packed_tok_s"] / record["padded_tok_s"])

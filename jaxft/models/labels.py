@@ -52,6 +52,16 @@ def set_trainable(decoder: nnx.Module, kinds: Collection[Kind], also: Collection
         variable.set_metadata(trainable=trains)
 
 
+def base_kinds(decoder: nnx.Module) -> set[Kind]:
+    """The kinds of the decoder's own parameters, adapters left out: what full fine-tuning trains."""
+    return {kind_of(path, v) for path, v in nnx.iter_graph(decoder) if isinstance(v, nnx.Variable)} - {"lora"}
+
+
+def trained_kinds(decoder: nnx.Module) -> set[Kind]:
+    """The kinds of the parameters that train."""
+    return {kind_of(path, v) for path, v in nnx.iter_graph(decoder) if is_trainable(path, v)}
+
+
 def split(decoder: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(graphdef, trainable, frozen): what a train step takes apart once and merges inside."""
     graphdef, trainable, frozen = nnx.split(decoder, is_trainable, ...)

@@ -154,7 +154,9 @@ class Checkpoints:
             raise JaxftError(path, f"is of another run: {'; '.join(different[:_SHOWN])}{more}", how)
         wanted = _named(trainable, opt_state)
         try:
-            every = ocp.args.PyTreeRestore(restore_args={name: ocp.RestoreArgs(np.ndarray) for name in wanted})
+            every = ocp.args.PyTreeRestore(
+                restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
+            )
             arrays = self._orbax.restore(path, args=ocp.args.Composite(arrays=every)).arrays
             for name, like in wanted.items():
                 if (arrays[name].shape, arrays[name].dtype) != (like.shape, like.dtype):

@@ -141,6 +141,21 @@ def task_questions(task: str, size: int, seed: int) -> list[Question]:
     return [Question(item["question"], partial(_score, dataset, item)) for item in dataset]
 
 
+def task_rows(task: str, size: int, seed: int) -> tuple[list[dict[str, Any]], Callable[..., list[float]]]:
+    """(rows of a prompt and its item's number, a reward function for them) of one of reasoning-gym's generators.
+
+    Raises:
+      JaxftError: as `task_questions`.
+    """
+    questions = task_questions(task, size, seed)
+    rows = [{"prompt": [{"role": "user", "content": q.question}], "item": i} for i, q in enumerate(questions)]
+
+    def score(completions: list[Any], item: list[int], **_: Any) -> list[float]:
+        return [questions[i].score(done[0]["content"]) for done, i in zip(completions, item, strict=True)]
+
+    return rows, score
+
+
 def _score(dataset: Any, item: Any, answer: str) -> float:
     return dataset.score_answer(answer, item)
 

@@ -57,11 +57,20 @@ class GRPOConfig(SFTConfig):
       num_generations: completions of each prompt; divides those of a rollout.
       num_iterations: optimisation steps on each rollout.
       max_completion_length: tokens that a completion has at most.
-      temperature, top_k, top_p, min_p, repetition_penalty: see `jaxft.generate.Sampling`.
+      temperature: of the drawing; see `jaxft.generate.Sampling`, also for the next four.
+      top_k: draw from the k most likely tokens; 0 is all.
+      top_p: draw from the most likely tokens that together reach this probability.
+      min_p: draw from the tokens that are at least so many times as likely as the most likely one.
+      repetition_penalty: make tokens that were there before less likely; 1 is off.
       generation_batch_size: completions that are decoded at once.
       reward_weights: of the reward functions' sum; None weighs each 1.
       scale_rewards: what advantages are divided by; see `jaxft.losses.advantages`.
-      loss_type, importance_sampling_level, epsilon, epsilon_high, delta, beta: see `jaxft.losses.PolicyLoss`.
+      loss_type: how tokens are averaged and clipped; see `jaxft.losses.PolicyLoss`, also for the next five.
+      importance_sampling_level: ratios of each token, or of whole sequences.
+      epsilon: how far below 1 a ratio counts.
+      epsilon_high: how far above 1; None is epsilon.
+      delta: the highest ratio where the advantage is negative; None has none.
+      beta: factor of the KL divergence from the model without its adapter.
       mask_truncated_completions: learn nothing from completions that max_completion_length ended.
       reward_timeout_s: how long a reward function may take for a rollout; None has no limit.
       on_reward_error: what a reward function's failure does: "stop" ends the run, "skip" says so and learns nothing

@@ -73,9 +73,9 @@ def _when(strategy: str, every: int) -> str:
 def note(row: Mapping[str, Any]) -> str:
     """What stands beside the progress bar."""
     parts = [
-        f"loss {row['loss']:.4f}",
+        f"loss {_shown(row['loss'])}",
         f"lr {row['learning_rate']:.2e}",
-        f"grad norm {row['grad_norm']:.3g}",
+        f"grad norm {_shown(row['grad_norm'])}",
         f"{row['tokens/s']:,.0f} tokens/s",
         f"{row['peak_memory_gib']:.1f} GiB",
     ]

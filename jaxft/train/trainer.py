@@ -175,11 +175,11 @@ class _Loop:
     def _resume(self, saved: Path, trainable: Any) -> Any:
         """Goes to where a checkpoint was made; returns what trains."""
         trainable, self.opt_state, self.progress = self.checkpoints.restore(saved, trainable, self.opt_state)
-        nnx.update(self.job.decoder, trainable)  # what reads the decoder between steps sees these, too
         if hasattr(self.iterator, "set_state"):
             self.iterator.set_state(self.progress.data)  # pyright: ignore[reportAttributeAccessIssue]
         else:
             collections.deque(itertools.islice(self.iterator, self.progress.step), maxlen=0)
+        nnx.update(self.job.decoder, trainable)  # what reads the decoder between steps sees these, too
         console.console.print(f"going on from {saved}", soft_wrap=True)
         return trainable
 
@@ -238,11 +238,11 @@ class _Loop:
         if saves:
             self._save()
         if self.job.callbacks:
-            row = self.rows[-1] if self.rows and self.rows[-1]["step"] == step and "loss" in self.rows[-1] else None
-            state = TrainState(step, row, self._decoder())
+            row = self._last_logged()
+            state = TrainState(step, row if row and row["step"] == step else None, self._decoder())
             for callback in self.job.callbacks:
                 ends = callback(state) is True or ends
-        if evaluates or saves:
+        if evaluates:
             self.meter.restart()
         return ends
 
@@ -268,8 +268,12 @@ class _Loop:
                 updates = done.step - 1 - self.progress.skipped
                 row = self.meter.row(done.step, metrics, float(np.asarray(self.schedule(updates))))
                 self._note(row)
-            train = [row for row in self.rows[-2:] if "loss" in row]
-            self.advance(note=reporting.note(train[-1]) if train else "")
+            last = self._last_logged()
+            self.advance(note=reporting.note(last) if last else "")
+
+    def _last_logged(self) -> dict[str, Any] | None:
+        """The last row of a step; an evaluation's may stand after it."""
+        return next((row for row in reversed(self.rows[-2:]) if "loss" in row), None)
 
     def _note(self, row: dict[str, Any]) -> None:
         row = strict(row)
