@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -48,7 +48,7 @@ def schedule(kind: Scheduler | str, learning_rate: float, *, total_steps: int, w
     elif kind == "inverse_sqrt":
         timescale = warmup_steps or 10_000
 
-        def decay(step: Any) -> Any:
+        def decay(step: Any, /) -> Any:
             return learning_rate * jnp.sqrt(timescale / (jnp.asarray(step, jnp.float32) + timescale))
     else:
         raise JaxftError(
@@ -240,5 +240,7 @@ def by_kind(
     """
     if embedding is None:
         return _clipped(tx, max_grad_norm)
-    kinds = {kind: embedding if kind in ("embedding", "head") else tx for kind in labels.KINDS}
+    kinds: dict[Hashable, optax.GradientTransformation] = {
+        kind: embedding if kind in ("embedding", "head") else tx for kind in labels.KINDS
+    }
     return _clipped(optax.partition(kinds, labels.labels), max_grad_norm)

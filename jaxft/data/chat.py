@@ -75,8 +75,8 @@ class RowTokenizer:
         if eos_id is None:
             raise JaxftError("tokenizer", "has no end-of-sequence token to end texts with", "Set tokenizer.eos_token.")
         text = row.prompt + row.completion
-        marked = self.markers is not None and row.form == "text"
-        spans = self.turns.marked_spans(text, self.markers) if marked else [(len(row.prompt), len(text))]
+        markers = self.markers if row.form == "text" else None
+        spans = [(len(row.prompt), len(text))] if markers is None else self.turns.marked_spans(text, markers)
         has_bos = bos is not None and text.startswith(str(bos))
         ids, loss_mask = self._encode(row, text, spans, add_special_tokens=not has_bos)
         ended = text.rstrip().endswith(str(eos))  # also with white space after it, as templates put it

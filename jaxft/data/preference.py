@@ -15,7 +15,7 @@ from jaxft.data.chat import RowTokenizer
 from jaxft.data.formats import parse_row
 from jaxft.data.iteration import BatchIterator, iterate
 from jaxft.data.packing import arrange
-from jaxft.data.sources import read_objects
+from jaxft.data.sources import Source, read_objects
 from jaxft.errors import JaxftError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class PairReport:
 
 
 def read_pairs(
-    source: str | Path | Iterable[Any],
+    source: str | Path | Iterable[Any] | Source,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_seq_length: int,

@@ -157,8 +157,8 @@ class Parquet:
 
     def read(self, position: Position = None) -> Iterator[tuple[RawRow, Position]]:
         try:
-            import pyarrow
-            import pyarrow.parquet
+            import pyarrow  # pyright: ignore[reportMissingImports] - an extra
+            import pyarrow.parquet  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise JaxftError(self.path, "needs pyarrow to be read", "pip install 'jaxft[data]'") from error
         try:

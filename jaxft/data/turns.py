@@ -141,7 +141,7 @@ class Turns:
             if text.startswith(prompt):
                 return len(prompt)
         before, after = self._around(row, turn)
-        if before is None or not (text.startswith(before) and text.endswith(after)):
+        if before is None or after is None or not (text.startswith(before) and text.endswith(after)):
             raise _not_located(row, turn)
         return len(before)
 

@@ -54,7 +54,9 @@ def set_trainable(decoder: nnx.Module, kinds: Collection[Kind], also: Collection
 
 def base_kinds(decoder: nnx.Module) -> set[Kind]:
     """The kinds of the decoder's own parameters, adapters left out: what full fine-tuning trains."""
-    return {kind_of(path, v) for path, v in nnx.iter_graph(decoder) if isinstance(v, nnx.Variable)} - {"lora"}
+    found: set[Kind] = {kind_of(path, v) for path, v in nnx.iter_graph(decoder) if isinstance(v, nnx.Variable)}
+    found.discard("lora")
+    return found
 
 
 def trained_kinds(decoder: nnx.Module) -> set[Kind]:

@@ -124,7 +124,7 @@ class Checkpoints:
         if str(resume).lower() in ("none", "false"):
             return None
         if str(resume).lower() != "true":
-            path = Path(resume)
+            path = Path(str(resume))
             if not (path / "run").is_dir():
                 raise JaxftError(path, "is no checkpoint of a run", "Give a folder called checkpoint-...")
             return path.absolute()
