@@ -80,7 +80,7 @@ class RowTokenizer:
         has_bos = bos is not None and text.startswith(str(bos))
         ids, loss_mask = self._encode(row, text, spans, add_special_tokens=not has_bos)
         ended = text.rstrip().endswith(str(eos))  # also with white space after it, as templates put it
-        if marked or not row.completion or (ended and ids[-1:] != [eos_id]):
+        if markers is not None or not row.completion or (ended and ids[-1:] != [eos_id]):
             return ids, loss_mask
         if ids[-1:] != [eos_id]:
             ids, loss_mask = [*ids, eos_id], np.append(loss_mask, True)
