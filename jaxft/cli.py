@@ -55,8 +55,17 @@ class AdapterConfig(LoraConfig):
       r: rank.
       lora_alpha: numerator of the scale.
       lora_dropout: probability of dropping a value of the adapter's input in training.
-      target_modules: names of the linears to adapt.
+      target_modules: names of the linears to adapt, one regular expression for paths, or all-linear.
       use_rslora: scale by 1/sqrt(r) instead of 1/r.
+      use_dora: the magnitude of each row of the adapted weight trains by itself.
+      bias: which biases train as well: none, all, or lora_only, those of adapted modules.
+      modules_to_save: names of modules that train whole: embed_tokens, lm_head, norms.
+      exclude_modules: names of modules not to adapt.
+      layers_to_transform: numbers of the layers to adapt; None is all.
+      rank_pattern: r of some modules, by a regular expression for the end of a path.
+      alpha_pattern: lora_alpha of some modules, likewise.
+      init_lora_weights: what the factors start from: True, gaussian, pissa, pissa_niter_N, olora or loftq.
+      ensure_weight_tying: a head that is the embedding stays so where the embedding trains whole.
       use_gradient_checkpointing: what a layer keeps for its backward pass: auto, none, full, offload, or names.
       random_state: seed of the initial values.
     """

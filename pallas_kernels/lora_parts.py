@@ -127,7 +127,13 @@ def gather(names: Sequence[str], arguments: dict[str, Any]) -> tuple[LoraWeights
 
 
 def decoded(weight: Any, dtype: Any, row_scale: jax.Array | None = None) -> jax.Array:
-    """[out, in] in `dtype`, its rows times `row_scale`."""
+    """[out, in] in `dtype`, its rows times `row_scale`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> decoded(jnp.ones((2, 3)), jnp.float32, jnp.asarray([1.0, 2.0])).tolist()
+      [[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]
+    """
     if not hasattr(weight, "dequantize"):
         return _scale_rows(weight, row_scale).astype(dtype)
     return weight.dequantize(dtype) if row_scale is None else weight.dequantize(dtype, row_scale)
@@ -153,6 +159,12 @@ def row_norms(
       squared_norms: float32 [out], ||w||^2 of each row: constant, so it is computed once.
       lora_A, lora_B, scale: see `LoraWeights`.
       dtype: of the product with W: that of the activations.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> W, lora_A, lora_B = 3 * jnp.eye(2, 3), jnp.ones((1, 3)), jnp.asarray([[0.0], [1.0]])
+      >>> row_norms(W, jnp.sum(W**2, axis=1), lora_A, lora_B, 1.0, jnp.float32).round(3).tolist()
+      [3.0, 4.243]
     """
     A, B = jax.lax.stop_gradient((lora_A.astype(jnp.float32), lora_B.astype(jnp.float32)))
     few = A.shape[0] <= MAX_TOKENS and hasattr(weight, "matmul")

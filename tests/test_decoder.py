@@ -37,6 +37,7 @@ def forward(decoder: Decoder, tokens, **kwargs) -> jax.Array:
     return run(params, jnp.asarray(tokens, jnp.int32), kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "unroll"),
     [

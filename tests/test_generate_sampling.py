@@ -87,6 +87,7 @@ def test_frequencies_pass_a_chi_square_test(name: str):
     np.testing.assert_allclose(log_probs, (own - np.log(np.exp(own).sum()))[tokens], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_frequencies_of_a_models_tokens():
     """The first token of 1,000 completions, in slots that are refilled, and the second one given the most frequent."""
     decoder, prompt = decoder_of(), [5, 6, 7]

@@ -68,6 +68,7 @@ def test_it_learns_what_is_rewarded(model: LanguageModel, tmp_path: Path) -> Non
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+@pytest.mark.slow
 def test_several_steps_on_a_rollout(model: LanguageModel, tmp_path: Path) -> None:
     """The first has ratios of 1, later ones have not; a rollout's log-probabilities are a training forward's."""
     result = trainer_of(model, tmp_path / "run", max_steps=5, num_iterations=2, epsilon=1e-4).train()
@@ -82,6 +83,7 @@ def test_several_steps_on_a_rollout(model: LanguageModel, tmp_path: Path) -> Non
     np.testing.assert_allclose(batch.old_log_probs, found, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_equal_rewards_teach_nothing_and_are_counted(model: LanguageModel, tmp_path: Path, capsys: Any) -> None:
     before = adapter_of(model)
     settings = {"max_steps": 2, "num_completions_to_print": 1}

@@ -36,6 +36,7 @@ def collected(tiny_hf_dir: Path) -> ImportanceMatrix:
     return collect(HFCheckpoint(tiny_hf_dir), TEXT, dataset="text.txt", chunk_size=24, max_chunks=5, batch_size=2)
 
 
+@pytest.mark.slow
 def test_sums_are_those_of_what_the_linears_read(
     collected: ImportanceMatrix, tiny_hf_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -164,6 +164,7 @@ def dense(decoder: Any, base: Any, batch: PolicyBatch, beta: float, temperature:
     return jnp.sum(loss * text.loss_mask), jnp.sum(text.loss_mask), {}
 
 
+@pytest.mark.slow
 def test_policy_of_a_decoder_equals_the_dense_one(decoder: Any) -> None:
     batch, settings = policy_batch(), PolicyLoss(beta=0.5, temperature=0.7)
     ours = gradients(decoder, batch, partial(losses.policy, settings=settings))
@@ -173,6 +174,7 @@ def test_policy_of_a_decoder_equals_the_dense_one(decoder: Any) -> None:
     assert_close(ours, gradients(decoder, given, partial(losses.policy, settings=settings)))
 
 
+@pytest.mark.slow
 def test_neither_packing_nor_accumulation_changes_a_step() -> None:
     """Eight completions in three rows of one micro-batch, and in eight micro-batches of one: update and metrics."""
     packed = policy_batch()

@@ -74,6 +74,7 @@ def test_gradients_of_all_420_adapter_leaves(adapted):
     assert max(errors.values()) < 1e-4, max(errors, key=errors.__getitem__)
 
 
+@pytest.mark.slow
 def test_ten_adamw_steps(adapted):
     tokens = smollm2_tokens()
     found = losses_of_steps(adapted.decoder, plain_batch(tokens), STEPS, SMOLLM2_LEARNING_RATE)

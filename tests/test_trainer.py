@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +151,20 @@ def test_an_exception_in_a_callback(model: LanguageModel, tmp_path: Path):
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.fixture
+def python_handles_interrupts() -> Iterator[None]:
+    """As in a program of its own; processes that run tests side by side ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_interrupts")
 def test_one_interrupt_ends_a_run_and_two_end_it_at_once(model: LanguageModel, tmp_path: Path):
     def interrupt(state: TrainState) -> None:
         if state.step >= 2:
             signal.raise_signal(signal.SIGINT)
 
-    handler = signal.getsignal(signal.SIGINT)
     result = train(model, tmp_path / "one", callbacks=[interrupt])
     assert (result.steps, result.interrupted) == (2, True)
     assert [row["step"] for row in result.rows] == [1, 2]
@@ -165,7 +173,7 @@ def test_one_interrupt_ends_a_run_and_two_end_it_at_once(model: LanguageModel, t
     with pytest.raises(KeyboardInterrupt):
         train(model, tmp_path / "two", callbacks=[interrupt, interrupt])
     assert_valid_and_changed(model)
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 INTERRUPTED = """
@@ -266,7 +274,11 @@ def test_evaluate_equals_a_direct_computation(model: LanguageModel, packing: boo
     assert found == {"eval_loss": pytest.approx(loss, rel=1e-5), "eval_tokens": count}
 
 
-LONG = [*ROWS[:2], {"prompt": "The answer ", "completion": "is the sum of numbers " * 12}]
+LONG_ANSWER = [
+    {"role": "user", "content": "What is the answer?"},
+    {"role": "assistant", "content": "is the sum of numbers " * 12},
+]
+LONG = [*ROWS[:2], {"messages": LONG_ANSWER}]
 
 
 def test_overlong_rows(model: LanguageModel):
@@ -286,7 +298,10 @@ def test_overlong_rows(model: LanguageModel):
 QUESTION = {"messages": [{"role": "user", "content": "What is 2 plus 3?"}]}
 BAD_ROWS: dict[str, tuple[Any, str]] = {
     "no rows": ([], "train_dataset: has no rows"),
-    "other keys": ([ROWS[0], {"question": "2?", "answer": "3"}], r"train_dataset row 2: has the keys \['answer', 'que"),
+    "other keys": (
+        [ROWS[0], {"question": "2?", "answer": "3"}],
+        "train_dataset row 2: has the form question/answer, and",
+    ),
     "wrong type": ([{"prompt": "a", "completion": 3}], "train_dataset row 1: 'completion' is a number"),
     "unknown role": ([{"messages": [{"role": "robot", "content": ""}]}], r"row 1, messages\[0\]: has the unknown role"),
     "all masked": ([ROWS[0], QUESTION], "train_dataset row 2: has every label masked"),
