@@ -250,7 +250,7 @@ class _BufferIterator(grain.DatasetIterator):
         self._buffers = state["buffers"]
 
 
-class _Rows(grain.transforms.FlatMap):
+class _Rows(grain.experimental.FlatMapTransform):
     """A buffer's rows, one after the other."""
 
     def flat_map(self, element: list[list[Example]]) -> list[list[Example]]:
