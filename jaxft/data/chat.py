@@ -43,7 +43,8 @@ class RowTokenizer:
 
     Raises:
       JaxftError: naming the row. The tokenizer has no chat template, no end-of-sequence token or no offsets; the
-        template refuses the row, or its rendering does not show where a turn lies; no token would be trained on.
+        template refuses the row, leaves a tool call out, or its rendering does not show where a turn lies; no token
+        would be trained on.
     """
 
     def __init__(
@@ -89,6 +90,10 @@ class RowTokenizer:
 
     def _chat(self, row: ChatRow) -> tuple[list[int], np.ndarray]:
         text = self.turns.render(row)
+        calls = [call["function"]["name"] for message in row.messages for call in message.get("tool_calls", ())]
+        if unseen := [name for name in calls if name not in text]:
+            how = "Use a chat template that knows tools, or leave such rows out."
+            raise JaxftError(row.where, f"calls the tool {unseen[0]!r}, which the chat template does not render", how)
         if self.markers is not None and row.n_prompt == 0:
             return self._encode(row, text, self.turns.marked_spans(text, self.markers))
         if row.n_prompt == 0 and not self.assistant_only_loss:

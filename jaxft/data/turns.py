@@ -147,10 +147,17 @@ class Turns:
 
     def _stop(self, row: ChatRow, text: str, turn: int) -> int:
         """Where a turn ends, with its end-of-turn token but without white space that the template puts after that."""
-        until_turn = self.render(row, row.messages[: turn + 1])
-        if text.startswith(until_turn):
-            return self._without_trailing_space(until_turn)
-        return self._past_stop(row, text, turn)
+        messages = row.messages[: turn + 1]
+        until_turn = self.render(row, messages)
+        if not text.startswith(until_turn):
+            return self._past_stop(row, text, turn)
+        if until_turn == self.render(row, messages, add_generation_prompt=True):
+            # Llama 3's first template opens the next turn without being asked to: that is not this turn's end.
+            _, after = self._around(row._replace(messages=messages), turn)
+            end_of_turn = re.match(rf"\s*{self.special_token}", after or "")
+            if end_of_turn and until_turn.endswith(after or ""):
+                return len(until_turn) - len(after or "") + end_of_turn.end()
+        return self._without_trailing_space(until_turn)
 
     def _past_stop(self, row: ChatRow, text: str, turn: int) -> int:
         """Where a turn ends if the template renders past turns otherwise than the last one.
