@@ -163,8 +163,8 @@ def row_norms(
     Example:
       >>> import jax.numpy as jnp
       >>> W, lora_A, lora_B = 3 * jnp.eye(2, 3), jnp.ones((1, 3)), jnp.asarray([[0.0], [1.0]])
-      >>> row_norms(W, jnp.sum(W**2, axis=1), lora_A, lora_B, 1.0, jnp.float32).round(3).tolist()
-      [3.0, 4.243]
+      >>> (row_norms(W, jnp.sum(W**2, axis=1), lora_A, lora_B, 1.0, jnp.float32) ** 2).round().tolist()
+      [9.0, 18.0]
     """
     A, B = jax.lax.stop_gradient((lora_A.astype(jnp.float32), lora_B.astype(jnp.float32)))
     few = A.shape[0] <= MAX_TOKENS and hasattr(weight, "matmul")

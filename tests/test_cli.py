@@ -224,8 +224,10 @@ def test_every_flag_is_explained(command: str, monkeypatch: pytest.MonkeyPatch, 
 
 
 def described(cls: Callable[..., object], name: str) -> str:
-    """What the class's `Attributes:` say of a name."""
-    found = re.search(rf"^ +{name}: (.*?)$(?=\n +\w+: |\n+\s*\Z|\n\s*\n)", cls.__doc__ or "", re.DOTALL | re.MULTILINE)
+    """What the `Attributes:` of the class, or of one that it extends, say of a name."""
+    line = re.compile(rf"^ +{name}: (.*?)$(?=\n +\w+: |\n+\s*\Z|\n\s*\n)", re.DOTALL | re.MULTILINE)
+    matches = (line.search(each.__doc__ or "") for each in getattr(cls, "__mro__", (cls,)))
+    found = next((match for match in matches if match), None)
     assert found, f"{name} has no line of its own"
     return " ".join(found[1].split())
 
