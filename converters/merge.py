@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import ml_dtypes
@@ -9,6 +10,7 @@ import numpy as np
 
 from converters.archs import arch_of
 from converters.checkpoint import Checkpoint, TensorInfo
+from converters.load import EMBEDDING, HEAD
 from converters.peft_io import Adapter, scale_of
 from jaxft.errors import JaxftError
 from jaxft.models.decoder import Decoder
@@ -50,8 +52,12 @@ class DecoderCheckpoint(DerivedCheckpoint):
         self._views: dict[str, TensorView] = tensor_views(decoder)
         self._layout = arch_of(source.config["model_type"], source.where).tensors(decoder.config)
         self.tensors = {
-            name: TensorInfo(shape, source.tensors[name].dtype) for name, shape in self._layout.hf_shapes.items()
+            # A head that an adapter parted from the embedding is not in the source.
+            name: TensorInfo(shape, source.tensors[name if name in source.tensors else EMBEDDING].dtype)
+            for name, shape in self._layout.hf_shapes.items()
         }
+        if HEAD in self.tensors and HEAD not in source.tensors:
+            self.config = {**source.config, "tie_word_embeddings": False}
 
     def quantized(self, name: str) -> QTensor | None:
         """The weight as the decoder holds it; None where it is not quantized, or not a weight of its own."""
@@ -64,41 +70,112 @@ class DecoderCheckpoint(DerivedCheckpoint):
 
 
 class MergedCheckpoint(DerivedCheckpoint):
-    """W + scale * B A for every adapted weight of `base`, computed in float32 one tensor at a time, in W's dtype.
+    """`base` with an adapter: W + scale * B A for every adapted weight, and what was trained whole in its place.
+
+    With DoRA the rows of W + scale * B A (the columns of an embedding) are brought to the adapter's magnitudes. It is
+    computed in float32 one tensor at a time, and comes in W's dtype. Where head and embedding were one and the adapter
+    parts them, the head is a tensor of its own.
 
     Raises:
-      JaxftError: adapted weights that the base does not have, or whose shape does not fit, all of them listed.
+      JaxftError: tensors that the base does not have, or whose shape does not fit, all of them listed.
     """
 
     def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
         super().__init__(base)
         self._adapter = adapter
         self._adapted = frozenset(adapter.modules)
-        problems = [problem for module in adapter.modules for problem in self._problems(module)]
+        self._whole = frozenset(adapter.whole)
+        tied = HEAD not in base.tensors
+        if tied and adapter.config.get("ensure_weight_tying"):
+            self._whole -= {HEAD}
+        elif tied and {EMBEDDING, HEAD} & ({f"{module}.weight" for module in self._adapted} | self._whole):
+            self.config = {**base.config, "tie_word_embeddings": False}
+            self.tensors = {**base.tensors, HEAD: base.tensors[EMBEDDING]}
+        problems = [problem for module in adapter.modules for problem in self._module_problems(module)]
+        for name in sorted(self._whole):
+            problems += self._problems(name, adapter.tensors[name].shape)
         if problems:
             raise JaxftError(base.where, f"is not the base of this adapter: {'; '.join(problems)}")
 
-    def _problems(self, module: str) -> list[str]:
-        a, b = self._factors(module)
-        info = self._base.tensors.get(f"{module}.weight")
-        if info is None:
-            return [f"it has no {module}.weight"]
-        changed = (b.shape[0], a.shape[1])
-        return [] if info.shape == changed else [f"{module}.weight is {list(info.shape)}, not {list(changed)}"]
+    @property
+    def adapted(self) -> list[str]:
+        """The weights that the adapter changes."""
+        return [f"{module}.weight" for module in self._adapter.modules]
 
-    def _factors(self, module: str) -> tuple[np.ndarray, np.ndarray]:
-        a, b = (self._adapter.tensors[f"{module}.lora_{part}.weight"].astype(np.float32) for part in "AB")
-        return a, b
+    def _module_problems(self, module: str) -> list[str]:
+        tensors = self._adapter.tensors
+        if self._is_embedding(module):
+            shape = (tensors[f"{module}.lora_embedding_A"].shape[1], tensors[f"{module}.lora_embedding_B"].shape[0])
+        else:
+            shape = (tensors[f"{module}.lora_B.weight"].shape[0], tensors[f"{module}.lora_A.weight"].shape[1])
+        return self._problems(f"{module}.weight", shape)
+
+    def _problems(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        info = self.tensors.get(name)
+        if info is None:
+            return [f"it has no {name}"]
+        return [] if info.shape == shape else [f"{name} is {list(info.shape)}, not {list(shape)}"]
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, merged where the adapter has a pair for it."""
-        weight = self._base.read(name)
+        """One tensor, with all that the adapter says of it."""
+        dtype = self.tensors[name].dtype
+        weight = self.before(name)
         module = name.removesuffix(".weight")
-        if module not in self._adapted:
-            return weight
-        a, b = self._factors(module)
-        merged = weight.astype(np.float32) + np.float32(scale_of(self._adapter, module)) * (b @ a)
-        return merged.astype(weight.dtype)
+        if name.endswith(".weight") and module in self._adapted:
+            weight = self._merged(module, weight.astype(np.float32))
+        return weight.astype(dtype)
+
+    def before(self, name: str) -> np.ndarray:
+        """One tensor without its low-rank change."""
+        if name in self._whole:
+            return self._adapter.tensors[name]
+        return self._base.read(name if name in self._base.tensors else EMBEDDING)
+
+    def _merged(self, module: str, weight: np.ndarray) -> np.ndarray:
+        merged = weight + np.float32(scale_of(self._adapter, module)) * self._change(module)
+        magnitude = self._adapter.tensors.get(f"{module}.lora_magnitude_vector")
+        if magnitude is None:
+            return merged
+        of_features = 0 if self._is_embedding(module) else 1
+        norms = np.linalg.norm(merged, axis=of_features, keepdims=True)
+        wanted = np.expand_dims(magnitude.astype(np.float32), of_features)
+        return merged * (wanted / np.where(norms == 0, np.float32(1), norms))
+
+    def _change(self, module: str) -> np.ndarray:
+        """B A, in the shape of the module's weight: float32."""
+        if self._is_embedding(module):
+            parts = (self._adapter.tensors[f"{module}.lora_embedding_{part}"] for part in "AB")
+            a, b = (part.astype(np.float32) for part in parts)
+            return (b @ a).T
+        a, b = (self._adapter.tensors[f"{module}.lora_{part}.weight"].astype(np.float32) for part in "AB")
+        return b @ a
+
+    def _is_embedding(self, module: str) -> bool:
+        return f"{module}.lora_embedding_A" in self._adapter.tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundingLoss:
+    """What storing merged weights in fewer bits loses, over all adapted weights (root mean squares).
+
+    Attributes:
+      of_weights: the rounding errors over the merged weights.
+      of_change: the rounding errors over what the adapter changed.
+    """
+
+    of_weights: float
+    of_change: float
+
+
+def rounding_loss(merged: MergedCheckpoint, stored: Checkpoint) -> RoundingLoss:
+    """Compares the merged weights with what a checkpoint holds of them, one tensor at a time."""
+    errors, weights, changes = np.zeros(3)
+    for name in merged.adapted:
+        exact = merged.read(name).astype(np.float64)
+        errors += np.square(stored.read(name) - exact).sum()
+        weights += np.square(exact).sum()
+        changes += np.square(exact - merged.before(name)).sum()
+    return RoundingLoss(*(float(np.sqrt(errors / max(of, np.finfo(float).tiny))) for of in (weights, changes)))
 
 
 class CastCheckpoint(DerivedCheckpoint):

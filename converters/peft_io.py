@@ -6,24 +6,28 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from converters.checkpoint import TensorInfo
 from converters.hf_files import ADAPTER_CONFIG, read_json, write_json
+from converters.load import EMBEDDING, HEAD
 from converters.safetensors_io import SafetensorsFile, write_safetensors
 from jaxft.errors import JaxftError
 from jaxft.files import new_folder
-from jaxft.lora import LoraConfig
+from jaxft.lora import Bias, LoraConfig
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_BASE_LAYER = ".base_layer"  # what peft puts into the names of an adapted module's own parameters
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+_EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+_MAGNITUDE = ".lora_magnitude_vector"
+_PARTNERS = {_A: _B, _B: _A, _EMBEDDING_A: _EMBEDDING_B, _EMBEDDING_B: _EMBEDDING_A}
+_RANK_AXIS = {_A: 0, _B: 1, _EMBEDDING_A: 0, _EMBEDDING_B: 1}
 
 # What a plain LoRA adapter says in each field; `make_adapter` fills in what differs.
 _DEFAULTS: dict[str, Any] = {
@@ -71,9 +75,9 @@ _DEFAULTS: dict[str, Any] = {
 }
 # Fields that are honoured, or that say nothing about what the trained adapter computes. Any other may only say "off".
 _FREE = frozenset(
-    """alpha_pattern auto_mapping base_model_name_or_path ensure_weight_tying exclude_modules inference_mode
-    init_lora_weights layers_pattern lora_alpha lora_dropout megatron_core peft_version qalora_group_size r rank_pattern
-    revision target_modules use_rslora""".split()  # noqa: SIM905
+    """alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying exclude_modules inference_mode
+    init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core modules_to_save
+    peft_version qalora_group_size r rank_pattern revision target_modules use_dora use_rslora""".split()  # noqa: SIM905
 )
 # Ways to start from that leave the base weights alone; others (PiSSA, OLoRA, LoftQ ...) train against a changed base.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -85,8 +89,10 @@ class Adapter:
 
     Attributes:
       config: adapter_config.json, key by key as stored.
-      tensors: HF module path + ".lora_A.weight" [r, in] or ".lora_B.weight" [out, r], without PEFT's
-        "base_model.model." in front.
+      tensors: by HF module path, without PEFT's "base_model.model." in front. Of an adapted linear ".lora_A.weight"
+        [r, in] and ".lora_B.weight" [out, r], of an embedding ".lora_embedding_A" [r, V] and ".lora_embedding_B"
+        [D, r]; with DoRA ".lora_magnitude_vector" [out]. Parameters of the base that trained as well (modules_to_save,
+        biases) have their own names.
     """
 
     config: dict[str, Any]
@@ -94,8 +100,19 @@ class Adapter:
 
     @property
     def modules(self) -> list[str]:
-        """HF paths of the adapted linears: 'model.layers.3.self_attn.q_proj'."""
-        return [name.removesuffix(_A) for name in self.tensors if name.endswith(_A)]
+        """HF paths of the adapted modules: 'model.layers.3.self_attn.q_proj'."""
+        return [_split(name)[0] for name in self.tensors if name.endswith((_A, _EMBEDDING_A))]
+
+    @property
+    def whole(self) -> list[str]:
+        """Names of the base's parameters that it replaces: 'lm_head.weight'."""
+        return [name for name in self.tensors if not _split(name)[1]]
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A tensor's name as (module, which part of its adapter it is); the second is empty for the base's parameters."""
+    suffix = next((suffix for suffix in (*_PARTNERS, _MAGNITUDE) if name.endswith(suffix)), "")
+    return name.removesuffix(suffix), suffix
 
 
 def make_adapter(
@@ -108,44 +125,66 @@ def make_adapter(
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
-        "target_modules": list(config.target_modules),
+        "target_modules": _as_json(config.target_modules),
         "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "bias": config.bias,
+        "modules_to_save": _as_json(config.modules_to_save) or None,
+        "exclude_modules": _as_json(config.exclude_modules) or None,
+        "layers_to_transform": _as_json(config.layers_to_transform),
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+        "init_lora_weights": config.init_lora_weights,
+        "ensure_weight_tying": config.ensure_weight_tying,
     }
     return Adapter(fields, dict(tensors))
 
 
-def lora_config_of(adapter: Adapter) -> LoraConfig:
-    """The settings of an adapter whose rank and scale are the same everywhere; its targets are what its tensors adapt.
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
-    Raises:
-      JaxftError: rank_pattern or alpha_pattern gives modules ranks or scales of their own.
-    """
-    for field in ("rank_pattern", "alpha_pattern"):
-        if adapter.config.get(field):
-            raise JaxftError(
-                f"{ADAPTER_CONFIG}, field {field}",
-                f"{adapter.config[field]!r}: ranks and scales of single modules can be merged, but not trained",
-            )
+
+def lora_config_of(adapter: Adapter) -> LoraConfig:
+    """The settings of an adapter; what it targets is what its tensors adapt."""
+    settings = _settings(adapter.config)
+    if settings.exclude_modules or isinstance(settings.target_modules, str):
+        return dataclasses.replace(settings, target_modules=tuple(adapter.modules), exclude_modules=())
     targets = dict.fromkeys(module.rsplit(".", 1)[-1] for module in adapter.modules)
+    return dataclasses.replace(settings, target_modules=tuple(targets))
+
+
+def _settings(config: dict[str, Any]) -> LoraConfig:
+    """adapter_config.json as it stands; what A and B started from is past."""
+    layers, targets = _field(config, "layers_to_transform"), _field(config, "target_modules")
     return LoraConfig(
-        r=_field(adapter.config, "r"),
-        lora_alpha=_field(adapter.config, "lora_alpha"),
-        lora_dropout=_field(adapter.config, "lora_dropout"),
-        target_modules=tuple(targets),
-        use_rslora=_field(adapter.config, "use_rslora"),
+        r=_field(config, "r"),
+        lora_alpha=_field(config, "lora_alpha"),
+        lora_dropout=_field(config, "lora_dropout"),
+        target_modules=targets if isinstance(targets, str) else tuple(targets or ()),
+        use_rslora=_field(config, "use_rslora"),
+        use_dora=_field(config, "use_dora"),
+        bias=_field(config, "bias"),
+        modules_to_save=tuple(_field(config, "modules_to_save") or ()),
+        exclude_modules=_names(_field(config, "exclude_modules")),
+        layers_to_transform=(layers,) if isinstance(layers, int) else None if layers is None else tuple(layers),
+        rank_pattern=_field(config, "rank_pattern"),
+        alpha_pattern=_field(config, "alpha_pattern"),
+        ensure_weight_tying=_field(config, "ensure_weight_tying"),
     )
+
+
+def _names(value: list[str] | str | None) -> tuple[str, ...] | str:
+    return value if isinstance(value, str) else tuple(value or ())
 
 
 def rank_of(adapter: Adapter, module: str) -> int:
     """The rank of one module, by r and rank_pattern."""
-    return _by_pattern(adapter.config, "rank_pattern", "r", module)
+    return _settings(adapter.config).rank_of(module)
 
 
 def scale_of(adapter: Adapter, module: str) -> float:
     """What B A x is multiplied by in one module: alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732)."""
-    rank = rank_of(adapter, module)
-    alpha = _by_pattern(adapter.config, "alpha_pattern", "lora_alpha", module)
-    return alpha / (math.sqrt(rank) if _field(adapter.config, "use_rslora") else rank)
+    return _settings(adapter.config).scale_of(module)
 
 
 def read_adapter(path: Path | str) -> Adapter:
@@ -168,7 +207,9 @@ def read_adapter(path: Path | str) -> Adapter:
         )
     file = SafetensorsFile(folder / WEIGHTS)
     # Copies, so that the adapter outlives its files.
-    adapter = Adapter(config, {name.removeprefix(_PREFIX): np.array(file.read(name)) for name in file.tensors})
+    tensors = {name: np.array(file.read(name)) for name in file.tensors}
+    names = {name: name.removeprefix(_PREFIX).replace(f"{_BASE_LAYER}.", ".") for name in tensors}
+    adapter = _with_tied_head_once(Adapter(config, {names[name]: array for name, array in tensors.items()}))
     _check_tensors(adapter, folder / WEIGHTS)
     return adapter
 
@@ -181,7 +222,10 @@ def write_adapter(adapter: Adapter, path: Path, *, overwrite: bool = False) -> P
     """
     _check_config(adapter.config, ADAPTER_CONFIG)
     _check_tensors(adapter, WEIGHTS)
-    tensors = {_PREFIX + name: array for name, array in sorted(adapter.tensors.items())}
+    named = dict(adapter.tensors)
+    if _keeps_tied(adapter) and EMBEDDING in named:
+        named.setdefault(HEAD, named[EMBEDDING])  # peft looks for both
+    tensors = {_stored_name(adapter, name): array for name, array in sorted(named.items())}
     infos = {name: TensorInfo(array.shape, array.dtype) for name, array in tensors.items()}
     with new_folder(path, overwrite=overwrite) as folder:
         write_json(folder / ADAPTER_CONFIG, adapter.config, sort_keys=True)
@@ -194,12 +238,22 @@ def _field(config: dict[str, Any], name: str) -> Any:
     return config.get(name, _DEFAULTS[name])
 
 
-def _by_pattern(config: dict[str, Any], pattern_field: str, field: str, module: str) -> Any:
-    """As peft looks it up: the first pattern that matches the end of the module's path, else the field."""
-    for pattern, value in _field(config, pattern_field).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return _field(config, field)
+def _keeps_tied(adapter: Adapter) -> bool:
+    return bool(_field(adapter.config, "ensure_weight_tying"))
+
+
+def _with_tied_head_once(adapter: Adapter) -> Adapter:
+    """Without the head where it is the embedding and stays so: peft stores both."""
+    embedding, head = (adapter.tensors.get(name) for name in (EMBEDDING, HEAD))
+    if not _keeps_tied(adapter) or embedding is None or head is None or not np.array_equal(embedding, head):
+        return adapter
+    return Adapter(adapter.config, {name: array for name, array in adapter.tensors.items() if name != HEAD})
+
+
+def _stored_name(adapter: Adapter, name: str) -> str:
+    module, _, parameter = name.rpartition(".")
+    own = name in adapter.whole and module in adapter.modules
+    return f"{_PREFIX}{module}{_BASE_LAYER}.{parameter}" if own else _PREFIX + name
 
 
 def _check_config(config: dict[str, Any], where: object) -> None:
@@ -209,13 +263,17 @@ def _check_config(config: dict[str, Any], where: object) -> None:
     active = {name for name, value in config.items() if name not in _FREE and value and value != _DEFAULTS.get(name)}
     problems = [f"{name} = {config[name]!r}" for name in sorted(active)]
     if _field(config, "init_lora_weights") not in _PLAIN_STARTS:
-        problems.append(f"init_lora_weights = {config['init_lora_weights']!r}")
+        what = "trained against a changed base (in peft, save with path_initial_model_for_weight_conversion)"
+        problems.append(f"init_lora_weights = {config['init_lora_weights']!r}, {what}")
     if problems:
-        raise JaxftError(where, f"not supported: {', '.join(problems)}", "Only plain LoRA on linears is, for now")
+        how = "Only LoRA on linears and embeddings is, with rsLoRA, DoRA, modules_to_save and biases"
+        raise JaxftError(where, f"not supported: {', '.join(problems)}", how)
     _check_numbers(config, where)
 
 
 def _check_numbers(config: dict[str, Any], where: object) -> None:
+    if _field(config, "bias") not in get_args(Bias):
+        raise JaxftError(f"{where}, field bias", f"must be one of {', '.join(get_args(Bias))}, not {config['bias']!r}")
     patterns = {name: _field(config, name) for name in ("rank_pattern", "alpha_pattern")}
     for name, pattern in patterns.items():
         if not isinstance(pattern, dict):
@@ -229,24 +287,42 @@ def _check_numbers(config: dict[str, Any], where: object) -> None:
 
 
 def _check_tensors(adapter: Adapter, where: object) -> None:
-    problems = [f"{name} is not a LoRA matrix" for name in adapter.tensors if not name.endswith((_A, _B))]
+    settings, modules = _settings(adapter.config), set(adapter.modules)
+    problems = []
     for name in adapter.tensors:
-        partner = name.removesuffix(_A) + _B if name.endswith(_A) else name.removesuffix(_B) + _A
-        if name.endswith((_A, _B)) and partner not in adapter.tensors:
-            problems.append(f"{name} has no {partner}")
+        module, suffix = _split(name)
+        if suffix in _PARTNERS and module + _PARTNERS[suffix] not in adapter.tensors:
+            problems.append(f"{name} has no {module + _PARTNERS[suffix]}")
+        elif suffix == _MAGNITUDE and not (settings.use_dora and module in modules):
+            problems.append(f"{name} is not part of a LoRA adapter without use_dora")
+        elif not suffix and not _is_explained(name, settings, modules):
+            problems.append(f"{name} is not a LoRA matrix, and neither modules_to_save nor bias means it")
     for module in adapter.modules:
-        problems += _rank_problems(adapter, module)
+        problems += _module_problems(adapter, module, settings)
     if not adapter.tensors:
         problems.append("there are none")
     if problems:
         raise JaxftError(where, f"its tensors are not those of a LoRA adapter: {'; '.join(problems)}")
 
 
-def _rank_problems(adapter: Adapter, module: str) -> list[str]:
-    rank = rank_of(adapter, module)
-    problems = []
-    for suffix, axis in ((_A, 0), (_B, 1)):
-        array = adapter.tensors.get(module + suffix)
+def _is_explained(name: str, settings: LoraConfig, modules: set[str]) -> bool:
+    """Whether a parameter of the base has a place in an adapter; peft adds the weights of adapted embeddings."""
+    module = name.rpartition(".")[0]
+    biased = name.endswith(".bias") and (settings.bias == "all" or (settings.bias == "lora_only" and module in modules))
+    return biased or settings.is_saved(module) or (name.endswith(".weight") and module in modules)
+
+
+def _module_problems(adapter: Adapter, module: str, settings: LoraConfig) -> list[str]:
+    """What is wrong with the shapes of one module's adapter."""
+    rank, problems = settings.rank_of(module), []
+    parts = {suffix: adapter.tensors.get(module + suffix) for suffix in (*_RANK_AXIS, _MAGNITUDE)}
+    for suffix, axis in _RANK_AXIS.items():
+        array = parts[suffix]
         if array is not None and (array.ndim != 2 or array.shape[axis] != rank):
             problems.append(f"{module}{suffix} is {list(array.shape)}, but its rank should be {rank}")
+    B, magnitude = parts[_B] if parts[_B] is not None else parts[_EMBEDDING_B], parts[_MAGNITUDE]
+    if settings.use_dora and magnitude is None:
+        problems.append(f"{module} has no {_MAGNITUDE[1:]}")
+    elif magnitude is not None and B is not None and magnitude.shape != B.shape[:1]:
+        problems.append(f"{module}{_MAGNITUDE} is {list(magnitude.shape)}, but should be {list(B.shape[:1])}")
     return problems

@@ -22,8 +22,9 @@ _A, _B = "lora_A.weight", "lora_B.weight"
 
 def to_decoder(adapter: Adapter, layout: Layout, ops: Sequence[LayoutOp]) -> Adapter:
     """An adapter of HF's linears as one of the decoder's; raises JaxftError where a part would not be a linear's."""
-    config = {**adapter.config, **{p: dict(adapter.config.get(p) or {}) for p in ("rank_pattern", "alpha_pattern")}}
-    tensors = dict(adapter.tensors)
+    if not _fuses(ops):
+        return adapter
+    config, tensors = _copy(adapter, [op.hf for op in _fuses(ops)])
     for op in _fuses(ops):
         for module in [module for module in adapter.modules if module.endswith(f".{op.hf}")]:
             prefix = module.removesuffix(op.hf)
@@ -37,13 +38,15 @@ def to_decoder(adapter: Adapter, layout: Layout, ops: Sequence[LayoutOp]) -> Ada
         if rank_of(adapter, f"model.layers.0.{op.hf}") == len(op.parts) * config.get("r", 0):
             for pattern in ("rank_pattern", "alpha_pattern"):
                 config[pattern].pop(_last(op.hf), None)
+    config["target_modules"] = list(dict.fromkeys(_last(module) for module in Adapter(config, tensors).modules))
     return Adapter(config, tensors)
 
 
 def to_hf(adapter: Adapter, layout: Layout, ops: Sequence[LayoutOp]) -> Adapter:
     """The inverse of `to_decoder`; parts without an adapter get one that adds nothing."""
-    config = {**adapter.config, **{p: dict(adapter.config.get(p) or {}) for p in ("rank_pattern", "alpha_pattern")}}
-    tensors = dict(adapter.tensors)
+    if not _fuses(ops):
+        return adapter
+    config, tensors = _copy(adapter, [part for op in _fuses(ops) for part in op.parts])
     for op in _fuses(ops):
         prefixes = dict.fromkeys(
             module.removesuffix(part) for part in op.parts for module in adapter.modules if module.endswith(f".{part}")
@@ -52,6 +55,10 @@ def to_hf(adapter: Adapter, layout: Layout, ops: Sequence[LayoutOp]) -> Adapter:
             pairs = [_pair(tensors, f"{prefix}{part}", layout, adapter) for part in op.parts]
             tensors[f"{prefix}{op.hf}.{_A}"] = np.concatenate([a for a, _ in pairs])
             tensors[f"{prefix}{op.hf}.{_B}"] = _block_diagonal([b for _, b in pairs])
+        if any(rank_of(adapter, f"{prefix}{part}") != config["r"] for prefix in prefixes for part in op.parts):
+            raise JaxftError(
+                "adapter, field rank_pattern", f"gives parts of {op.hf}, which HF keeps as one, other ranks"
+            )
         if prefixes and len(op.parts) > 1:
             rank = len(op.parts) * config["r"]
             scale = scale_of(adapter, next(iter(prefixes)))
@@ -59,6 +66,19 @@ def to_hf(adapter: Adapter, layout: Layout, ops: Sequence[LayoutOp]) -> Adapter:
             config["alpha_pattern"][_last(op.hf)] = scale * (math.sqrt(rank) if config.get("use_rslora") else rank)
     config["target_modules"] = list(dict.fromkeys(_last(module) for module in Adapter(config, tensors).modules))
     return Adapter(config, tensors)
+
+
+def _copy(adapter: Adapter, modules: Sequence[str]) -> tuple[dict, dict[str, np.ndarray]]:
+    """The adapter's config and tensors, after a check that all there is of `modules` is A and B."""
+    adapted = [name for name in adapter.tensors if any(f".{m}." in name for m in modules)]
+    others = [name for name in adapted if not name.endswith((_A, _B))]
+    if others:
+        what = (
+            f"{others[0]} belongs to a linear that HF keeps together with others; of those only A and B can be carried"
+        )
+        raise JaxftError("adapter", what, "Train plain LoRA on this model, without DoRA and biases")
+    patterns = {name: dict(adapter.config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
+    return {**adapter.config, **patterns}, dict(adapter.tensors)
 
 
 def _fuses(ops: Sequence[LayoutOp]) -> list[Fuse]:

@@ -7,8 +7,10 @@ of jaxft that imports `converters`, and it does so inside functions.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -189,7 +191,11 @@ class LanguageModel:
         return sum(leaf.size for leaf in jax.tree.leaves(split(self.decoder)[1]))
 
     def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False) -> Path:
-        """Writes the adapter as PEFT does: adapter_config.json and adapter_model.safetensors."""
+        """Writes the adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
+
+        It fits the base as `from_pretrained` loads it. One that started as PiSSA or OLoRA comes as plain LoRA of twice
+        the rank (`jaxft.lora.from_original`).
+        """
         from converters.peft_io import write_adapter
 
         path = write_adapter(self._adapter(), Path(save_directory), overwrite=overwrite)
@@ -254,7 +260,8 @@ class LanguageModel:
             raise JaxftError(self.name, "has no tokenizer", "Load a checkpoint that has tokenizer files")
         return self.tokenizer
 
-    def _adapter(self) -> Adapter:
+    def _adapter(self, make: Callable[..., tuple[lora.LoraConfig, dict[str, np.ndarray]]] = lora.to_save) -> Adapter:
+        """The adapter as `make` gives it, of (decoder, lora_config)."""
         from converters.archs import arch_of
         from converters.peft_io import make_adapter
         from converters.peft_layout import to_hf
@@ -263,7 +270,7 @@ class LanguageModel:
             raise JaxftError(
                 "save_pretrained", "the model has no adapter", "Call FastLanguageModel.get_peft_model first"
             )
-        adapter = make_adapter(self.lora_config, lora.adapter_tensors(self.decoder), base_model_name_or_path=self.name)
+        adapter = make_adapter(*make(self.decoder, self.lora_config), base_model_name_or_path=self.name)
         spec = arch_of(self.source.config["model_type"], self.name)
         return to_hf(adapter, spec.tensors(self.decoder.config), spec.layout)
 
@@ -272,8 +279,11 @@ class LanguageModel:
 
         if base not in ("original", "loaded"):
             raise JaxftError("base", f"{base!r} is not known", "Choose original or loaded")
-        weights = self.source if base == "original" else DecoderCheckpoint(self.decoder, self.source)
-        return MergedCheckpoint(weights, self._adapter()) if self.lora_config else weights
+        original = base == "original"
+        weights = self.source if original else DecoderCheckpoint(self.decoder, self.source)
+        if self.lora_config is None:
+            return weights
+        return MergedCheckpoint(weights, self._adapter(lora.from_original if original else lora.as_it_is))
 
 
 class FastLanguageModel:
@@ -304,12 +314,12 @@ class FastLanguageModel:
         """
         from converters.converted import load_nf4
         from converters.load import load_decoder
-        from converters.open import is_adapter, open_checkpoint
+        from converters.open import base_of, is_adapter, open_checkpoint
         from converters.peft_io import read_adapter
 
         dtype = default_dtype() if dtype is None else dtype
         adapter = read_adapter(Path(model_name)) if is_adapter(model_name) else None
-        name = _base_of(adapter, model_name) if adapter else str(model_name)
+        name = base_of(adapter.config, model_name) if adapter else str(model_name)
         source = open_checkpoint(name)
         decoder = (
             load_nf4(source, dtype=dtype, cache=cache_dir() / "nf4")
@@ -328,33 +338,80 @@ class FastLanguageModel:
     def get_peft_model(
         model: LanguageModel,
         r: int = 16,
-        target_modules: Sequence[str] = lora.ALL_LINEAR,
+        target_modules: Sequence[str] | str = lora.ALL_LINEAR,
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
-        bias: str = "none",
+        bias: lora.Bias | str = "none",
         use_gradient_checkpointing: str | bool = "offload",
         random_state: int = 3407,
         use_rslora: bool = False,
+        *,
+        use_dora: bool = False,
+        modules_to_save: Sequence[str] | None = None,
+        exclude_modules: Sequence[str] | str | None = None,
+        layers_to_transform: Sequence[int] | int | None = None,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+        init_lora_weights: bool | str = True,
+        ensure_weight_tying: bool = False,
+        **unknown: Any,
     ) -> LanguageModel:
         """Attaches a fresh LoRA adapter to `model`, in place, and returns it.
 
         Args:
-          r, lora_alpha, lora_dropout, target_modules, use_rslora: see `jaxft.lora.LoraConfig`.
-          bias: only "none".
+          r, lora_alpha, lora_dropout, bias, use_rslora, use_dora, modules_to_save, exclude_modules,
+            layers_to_transform, rank_pattern, alpha_pattern, init_lora_weights, ensure_weight_tying: see
+            `jaxft.lora.LoraConfig`.
+          target_modules: see there; but embed_tokens and lm_head among the names train whole, as for Unsloth's users.
           use_gradient_checkpointing: a policy of `jaxft.models.remat`; True is "full", "unsloth" is "offload".
           random_state: seed of the initial values.
 
         Raises:
-          JaxftError: a target that matches nothing, or a setting that is not supported.
+          JaxftError: a target that matches nothing, a setting that is not supported, or an unknown one.
         """
-        if bias != "none":
-            raise JaxftError("bias", f"{bias!r} is not supported", 'Only "none" is')
-        config = lora.LoraConfig(r, lora_alpha, lora_dropout, tuple(target_modules), use_rslora)
+        refuse_unknown("get_peft_model", unknown, FastLanguageModel.get_peft_model)
+        names, whole = _split_targets(target_modules)
+        layers = (layers_to_transform,) if isinstance(layers_to_transform, int) else layers_to_transform
+        config = lora.LoraConfig(
+            r,
+            lora_alpha,
+            lora_dropout,
+            names,
+            use_rslora,
+            use_dora=use_dora,
+            bias=bias,
+            modules_to_save=tuple(dict.fromkeys((*(modules_to_save or ()), *whole))),
+            exclude_modules=exclude_modules if isinstance(exclude_modules, str) else tuple(exclude_modules or ()),
+            layers_to_transform=None if layers is None else tuple(layers),
+            rank_pattern=dict(rank_pattern or {}),
+            alpha_pattern=dict(alpha_pattern or {}),
+            init_lora_weights=init_lora_weights,
+            ensure_weight_tying=ensure_weight_tying,
+        )
         remat = parse_remat(use_gradient_checkpointing)
-        lora.attach(model.decoder, config, key=jax.random.key(random_state))
+        lora.attach(model.decoder, config, key=jax.random.key(random_state), weights=model.source.read)
         model.decoder.remat = remat
-        model.lora_config = config
+        model.lora_config = lora.resolved(model.decoder, config)
         return model
+
+
+def refuse_unknown(where: str, unknown: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    """Raises JaxftError for arguments that a function does not have, with the nearest that it has."""
+    known = [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    for name in unknown:
+        nearest = difflib.get_close_matches(name, known, 1)
+        hint = f"Did you mean {nearest[0]}?" if nearest else f"There are: {', '.join(known)}"
+        raise JaxftError(where, f"has no argument {name!r}", hint)
+
+
+def _split_targets(target_modules: Sequence[str] | str) -> tuple[tuple[str, ...] | str, tuple[str, ...]]:
+    """(names to adapt, names of embeddings among them, to train whole)."""
+    if isinstance(target_modules, str):
+        return target_modules, ()
+    whole = tuple(name for name in target_modules if name in ("embed_tokens", "lm_head"))
+    if whole:
+        console.warn(f"{' and '.join(whole)} train whole, as modules_to_save, not by an adapter")
+    return tuple(name for name in target_modules if name not in whole), whole
 
 
 def default_dtype() -> DTypeLike:
@@ -402,13 +459,6 @@ def supported_models() -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
     from converters.archs import models_markdown, models_table
 
     return *models_table(), models_markdown()
-
-
-def _base_of(adapter: Adapter, where: str | Path) -> str:
-    name = adapter.config.get("base_model_name_or_path")
-    if not name:
-        raise JaxftError(f"{where}, field base_model_name_or_path", "is missing", "Fill in the path of the base model")
-    return name
 
 
 def _load_adapter(model: LanguageModel, adapter: Adapter) -> None:

@@ -10,16 +10,30 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.errors import JaxftError
+from jaxft.models import labels
 from pallas_kernels import adamw_8bit as quantized
 
-Scheduler = Literal["linear", "cosine", "constant"]
-Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw", "adamw_8bit", "adamw_bnb_8bit"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"]
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "lion",
+    "lion_32bit",
+    "adafactor",
+    "sgd",
+]
 
 MIN_8BIT_SIZE = 4096  # values; bitsandbytes' min_8bit_size
 
 
 def schedule(kind: Scheduler | str, learning_rate: float, *, total_steps: int, warmup_steps: int) -> optax.Schedule:
-    """Learning rate by step: linear from 0 over `warmup_steps`, then down to 0 at `total_steps` (or constant).
+    """Learning rate by step: linear from 0 over `warmup_steps`, then what `kind` says.
+
+    linear and cosine end at 0 after `total_steps`; inverse_sqrt is proportional to 1 / sqrt(step), from step
+    `warmup_steps` (10,000 without a warm-up) on, as in transformers; both constants stay.
 
     Raises:
       JaxftError: an unknown kind.
@@ -29,8 +43,13 @@ def schedule(kind: Scheduler | str, learning_rate: float, *, total_steps: int, w
         decay = optax.linear_schedule(learning_rate, 0.0, decay_steps)
     elif kind == "cosine":
         decay = optax.cosine_decay_schedule(learning_rate, decay_steps)
-    elif kind == "constant":
+    elif kind in ("constant", "constant_with_warmup"):
         decay = optax.constant_schedule(learning_rate)
+    elif kind == "inverse_sqrt":
+        timescale = warmup_steps or 10_000
+
+        def decay(step: Any) -> Any:
+            return learning_rate * jnp.sqrt(timescale / (jnp.asarray(step, jnp.float32) + timescale))
     else:
         raise JaxftError(
             "lr_scheduler_type", f"{kind!r} is not known", f"Choose one of {', '.join(get_args(Scheduler))}"
@@ -50,7 +69,43 @@ def adamw(
     max_grad_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) after clipping by the global norm (None or 0: none)."""
-    update = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return _clipped(optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay), max_grad_norm)
+
+
+def lion(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    eps: float = 0.0,
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = 1.0,
+) -> optax.GradientTransformation:
+    """Lion (Chen et al. 2023, arXiv:2302.06675) after clipping by the global norm; it has no epsilon."""
+    return _clipped(optax.lion(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay), max_grad_norm)
+
+
+def adafactor(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = 1.0,
+    **_: float,
+) -> optax.GradientTransformation:
+    """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235) after clipping; its second moments decay by its own rule."""
+    update = optax.adafactor(learning_rate, weight_decay_rate=weight_decay or None, multiply_by_parameter_scale=False)
+    return _clipped(update, max_grad_norm)
+
+
+def sgd(
+    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 0.0, max_grad_norm: float | None = 1.0, **_: float
+) -> optax.GradientTransformation:
+    """Gradient descent without momentum, after clipping by the global norm."""
+    update = optax.sgd(learning_rate)
+    return _clipped(optax.chain(optax.add_decayed_weights(weight_decay), update), max_grad_norm)
+
+
+def _clipped(update: optax.GradientTransformation, max_grad_norm: float | None) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), update) if max_grad_norm else update
 
 
@@ -119,7 +174,7 @@ def adamw_8bit(
         return tree.unflatten(updates), AdamW8bitState(count, tree.unflatten(moments))
 
     transformation = optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), transformation) if max_grad_norm else transformation
+    return _clipped(transformation, max_grad_norm)
 
 
 def _init(parameter: jax.Array) -> quantized.State | Moments:
@@ -156,6 +211,10 @@ _OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": adamw,
     "adamw_8bit": adamw_8bit,
     "adamw_bnb_8bit": adamw_8bit,
+    "lion": lion,
+    "lion_32bit": lion,
+    "adafactor": adafactor,
+    "sgd": sgd,
 }
 
 
@@ -170,3 +229,16 @@ def optimizer(
     if name not in _OPTIMIZERS:
         raise JaxftError("optim", f"{name!r} is not known", f"Choose one of {', '.join(_OPTIMIZERS)}")
     return _OPTIMIZERS[name](learning_rate, **settings)
+
+
+def by_kind(
+    tx: optax.GradientTransformation, embedding: optax.GradientTransformation | None, *, max_grad_norm: float | None
+) -> optax.GradientTransformation:
+    """`tx` for a decoder's trainable parameters and `embedding` for its embedding and head, where that is given.
+
+    Both see gradients clipped by the norm of all of them together (None or 0: none).
+    """
+    if embedding is None:
+        return _clipped(tx, max_grad_norm)
+    kinds = {kind: embedding if kind in ("embedding", "head") else tx for kind in labels.KINDS}
+    return _clipped(optax.partition(kinds, labels.labels), max_grad_norm)

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.typing import DTypeLike
@@ -28,6 +29,7 @@ from jaxft.lora import LoraConfig
 from jaxft.models import labels
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
+from jaxft.models.layers import ROW_NORMS
 from jaxft.models.params import is_quantizable, parameters
 from jaxft.models.remat import LAYER_INPUT, LayerPolicy, prefetches, spans
 from jaxft.quant import QUANTIZATIONS
@@ -113,8 +115,8 @@ def _bytes(tree: Any) -> int:
 
 
 def _dtype(decoder: Decoder) -> Any:
-    """Of the activations: the embedding's."""
-    return decoder.model.embed_tokens.weight.get_value().dtype
+    """Of the activations."""
+    return jnp.dtype(decoder.model.embed_tokens.dtype)
 
 
 def _bytes_per_token(decoder: Decoder) -> dict[str, int]:
@@ -132,6 +134,7 @@ def _bytes_per_token(decoder: Decoder) -> dict[str, int]:
         "gate": c.intermediate_size if c.gated_mlp else 0,
         "up": c.intermediate_size,
         "lora_low_rank": ranks,
+        ROW_NORMS: 0,  # nothing for a token
     }
     lse = 4 * c.num_attention_heads  # float32
     return {**{name: n * size for name, n in sizes.items()}, "attn_lse": lse}

@@ -17,9 +17,10 @@ import pytest
 
 from converters.gguf_export import write_gguf
 from converters.hf_load import HFCheckpoint
+from converters.open import open_checkpoint
 from converters.orbax_io import write_orbax
 from converters.peft_io import read_adapter
-from jaxft import FastLanguageModel, LanguageModel
+from jaxft import FastLanguageModel, LanguageModel, lora
 from jaxft.api import default_dtype
 from jaxft.errors import JaxftError
 from jaxft.quant import NF4Tensor
@@ -148,7 +149,8 @@ def test_random_state_and_targets(tiny_hf_dir: Path):
     ("settings", "words"),
     [
         ({"use_gradient_checkpointing": "some"}, "checkpointing: 'some' is not known.*none, full, offload"),
-        ({"bias": "all"}, "bias: 'all' is not supported"),
+        ({"bias": "some"}, "bias: 'some' is not known"),
+        ({"lora_rank": 8}, "get_peft_model: has no argument 'lora_rank'. Did you mean lora_"),
         ({"r": 0}, "r: the rank must be at least 1"),
         ({"lora_dropout": 1.0}, "lora_dropout: must be in"),
         ({"target_modules": ["query"]}, "target_modules: 'query' matches no linear.*There are: down_proj, .*v_proj"),
@@ -159,6 +161,13 @@ def test_bad_adapter_settings_change_nothing(tiny_hf_dir: Path, settings: dict[s
     with pytest.raises(JaxftError, match=words):
         FastLanguageModel.get_peft_model(model, **settings)
     assert (model.lora_config, model.decoder.remat, adapter_of(model)) == (None, "none", {})
+
+
+def test_embeddings_among_the_targets_train_whole(tiny_hf_dir: Path, capsys: pytest.CaptureFixture[str]):
+    model = loaded(tiny_hf_dir)
+    FastLanguageModel.get_peft_model(model, r=2, target_modules=["q_proj", "embed_tokens", "lm_head"])
+    assert "embed_tokens and lm_head train whole" in capsys.readouterr().err
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= adapter_of(model).keys()
 
 
 # Logits.
@@ -243,6 +252,30 @@ def test_merged_gives_the_adapters_logits(model: LanguageModel, expected: np.nda
     np.testing.assert_allclose(logits_of(again), expected, atol=TOLERANCE, rtol=TOLERANCE)
     assert rms(logits_of(base), expected) > 0.1, "the adapter does nothing"
     assert again.tokenizer.chat_template == model.tokenizer.chat_template
+
+
+def test_exports_of_an_adapter_that_changed_its_base_and_trained_norms(tiny_hf_dir: Path, tmp_path: Path):
+    """PiSSA merges into the original weights and into its own to the same; GGUF has it, too."""
+    model = loaded(tiny_hf_dir)
+    settings = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": "pissa", "modules_to_save": ["norm"]}
+    FastLanguageModel.get_peft_model(model, **settings)
+    rng = np.random.default_rng(0)
+    start = adapter_of(model)
+    learnt = {name: array + 0.1 * rng.standard_normal(array.shape).astype(np.float32) for name, array in start.items()}
+    lora.load_adapter_tensors(model.decoder, learnt)
+    paths = [
+        model.save_pretrained_merged(tmp_path / base, None, "merged", base=base) for base in ("original", "loaded")
+    ]
+    original, own = map(HFCheckpoint, paths)
+    (gguf,) = map(open_checkpoint, model.save_pretrained_gguf(tmp_path / "gguf", None, "f32"))
+    for name in original.tensors:
+        np.testing.assert_allclose(own.read(name), original.read(name), atol=1e-5)
+        np.testing.assert_allclose(gguf.read(name), original.read(name), atol=1e-6)
+        change = np.abs(original.read(name) - model.source.read(name)).max()
+        assert change > 0.01 if "norm" in name or "q_proj" in name else change == 0, name
+    np.testing.assert_array_equal(original.read("model.norm.weight"), learnt["model.norm.weight"])
+    assert model.save_pretrained(tmp_path / "adapter")
+    assert read_adapter(tmp_path / "adapter").config["r"] == 4
 
 
 def test_merged_16bit(model: LanguageModel, expected: np.ndarray, tmp_path: Path):

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxft.data.batch import Example
-from jaxft.data.chat import RowTokenizer, preview, tokenize_row, tokenize_rows
+from jaxft.data.chat import RowTokenizer, preview, tokenize_row
 from jaxft.data.formats import Row, parse_row
 from jaxft.errors import JaxftError
 
@@ -43,6 +43,7 @@ THINKING = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 COUNTING = "{{ messages | length }}" + CHATML  # no rendering is a prefix of a longer one
+LENGTHS = "{{ messages | map(attribute='content') | join | length }}"  # and other contents change it all
 REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
 
 
@@ -96,6 +97,10 @@ CHATS = {
         chat("s: be", "u: hi", "a: yo", "u: go", "a: ok"),
         f"<|im_start|>system\nbe<|im_end|>\n{USER}hi<|im_end|>\n{BOT}⟦yo<|im_end|>⟧\n"
         f"{USER}go<|im_end|>\n{BOT}⟦ok<|im_end|>⟧\n",
+    ),
+    "the assistant first": (
+        chat("a: yo", "u: hi", "a: ok"),
+        f"{BOT}⟦yo<|im_end|>⟧\n{USER}hi<|im_end|>\n{BOT}⟦ok<|im_end|>⟧\n",
     ),
     "empty turn": (
         chat("u: hi", "a: ", "u: go", "a: ok"),
@@ -166,6 +171,12 @@ def test_a_template_that_renders_past_turns_otherwise():
     )
 
 
+def test_a_template_of_which_no_rendering_is_a_prefix():
+    tokenizer = make_tokenizer(COUNTING)
+    example = tokenize_row(row(messages=chat("u: hi", "a: yo")), tokenizer)
+    assert marked(example, tokenizer) == f"2{USER}hi<|im_end|>\n{BOT}⟦yo<|im_end|>⟧\n"
+
+
 def test_everything_is_trained_on_without_assistant_only_loss():
     tokenizer = make_tokenizer()
     example = tokenize_row(row(messages=chat("u: hi", "a: yo")), tokenizer, assistant_only_loss=False)
@@ -176,6 +187,7 @@ def test_everything_is_trained_on_without_assistant_only_loss():
 TEXTS = {
     "text": ({"text": "abc"}, "a⟦bc<|im_end|>⟧"),
     "text that ends itself": ({"text": "abc<|im_end|>"}, "a⟦bc<|im_end|>⟧"),
+    "text that a template ended": ({"text": "abc<|im_end|>\n"}, "a⟦bc<|im_end|>\n⟧"),
     "completion": ({"prompt": "2+2=", "completion": "4"}, "2+2=⟦4<|im_end|>⟧"),
     "the completion's space belongs to its first token": ({"prompt": "is", "completion": " 4"}, "is⟦ 4<|im_end|>⟧"),
     "spaces of their own": ({"prompt": "is ", "completion": "  4"}, "is ⟦  4<|im_end|>⟧"),
@@ -220,8 +232,12 @@ BAD = {
         CHATML, {"prompt": chat("u: hi", "a: yo"), "completion": chat("u: go")}, r"every label masked.* no assistant",
     ),
     "assistant not rendered": ("{{ messages[0]['content'] }}", {"messages": chat("u: hi", "a: yo")}, r"renders none"),
-    "assistant first": (CHATML, {"messages": chat("a: yo", "u: hi")}, r"starts with an assistant message"),
-    "no rendering is a prefix": (COUNTING, {"messages": chat("u: hi", "a: yo")}, r"leads to messages\[1\] otherwise"),
+    "assistant first": (
+        LENGTHS + CHATML, {"messages": chat("a: yo", "u: hi")}, r"leads to messages\[0\] otherwise",
+    ),
+    "no rendering is a prefix": (
+        LENGTHS + CHATML, {"messages": chat("u: hi", "a: yo")}, r"leads to messages\[1\] otherwise",
+    ),
     "template refuses": (REFUSING, {"messages": chat("s: be", "u: hi", "a: yo")}, r"refuses it: no system role"),
     "template is broken": ("{{ 1 + messages }}", {"messages": chat("u: hi")}, r"refuses it: unsupported operand"),
     "template is no template": ("{% if %}", {"messages": chat("u: hi")}, r"refuses it: "),
@@ -252,37 +268,6 @@ def test_bad_tokenizers():
 
     with pytest.raises(JaxftError, match=r"tokenizer: gives no offsets"):
         RowTokenizer(Slow())  # pyright: ignore[reportArgumentType]
-
-
-LONG = [row(text="abc"), row(text="x" * 9), row(prompt="p" * 9, completion="c"), row(prompt="p", completion="c" * 9)]
-
-
-def test_a_row_over_the_limit_is_an_error_by_default():
-    with pytest.raises(JaxftError, match=r"train row 3: has 10 tokens; max_seq_length is 8\. .*truncate"):
-        tokenize_rows(LONG, make_tokenizer(), max_seq_length=8)
-    assert tokenize_rows(LONG, make_tokenizer(), max_seq_length=11).dropped == 0
-
-
-def test_overlong_rows_are_truncated_or_dropped_and_counted():
-    tokenizer = make_tokenizer()
-    cut = tokenize_rows(LONG, tokenizer, max_seq_length=8, on_overlong="truncate")
-    assert [marked(example, tokenizer) for example in cut.examples] == ["a⟦bc<|im_end|>⟧", "x⟦xxxxxxx⟧", "p⟦ccccccc⟧"]
-    assert (cut.truncated, cut.dropped) == (2, 1)  # nothing of the third row's completion is left
-    assert (cut.tokens, cut.trained_tokens) == (3 + 8 + 8, 2 + 7 + 7)
-    assert str(cut) == (
-        "rows: 2 text, 2 prompt/completion; 19 tokens, 16 trained; too long: 2 truncated, 1 dropped"
-    )  # fmt: skip
-    left = tokenize_rows(LONG, tokenizer, max_seq_length=8, on_overlong="drop")
-    assert (len(left.examples), left.truncated, left.dropped) == (1, 0, 3)
-
-
-def test_a_data_set_of_which_nothing_is_left_is_an_error():
-    with pytest.raises(JaxftError, match=r"data set: nothing to train on: every row was dropped as too long"):
-        tokenize_rows(LONG, make_tokenizer(), max_seq_length=2, on_overlong="drop")
-    with pytest.raises(JaxftError, match=r"data set: nothing to train on: no rows"):
-        tokenize_rows([], make_tokenizer(), max_seq_length=2)
-    with pytest.raises(JaxftError, match=r"on_overlong: is 'split'"):
-        tokenize_rows(LONG, make_tokenizer(), max_seq_length=2, on_overlong="split")
 
 
 def test_the_preview_colours_trained_tokens():

@@ -14,14 +14,55 @@ from jaxft.errors import JaxftError
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 
+SYSTEM = {"role": "system", "content": "be brief"}
+CALL = {"type": "function", "function": {"name": "now", "arguments": {"zone": "UTC"}}}
+TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {}}}]
+CALLING = [
+    MESSAGES[0],
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "12:00"},
+]
+
 GOOD = [
     ({"messages": MESSAGES}, ChatRow("{}", "messages", MESSAGES)),
     ({"prompt": "2+2=", "completion": " 4"}, TextRow("{}", "prompt/completion", "2+2=", " 4")),
     ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, ChatRow("{}", "prompt/completion", MESSAGES, n_prompt=1)),
+    (
+        {"prompt": MESSAGES[:1], "completion": MESSAGES[1:], "system": "be brief"},
+        ChatRow("{}", "prompt/completion", [SYSTEM, *MESSAGES], n_prompt=2),
+    ),
     ({"text": "once"}, TextRow("{}", "text", "", "once")),
     ({"id": 7, "text": "other keys do not matter"}, TextRow("{}", "text", "", "other keys do not matter")),
     ({"prompt": "of the first turn", "messages": MESSAGES}, ChatRow("{}", "messages", MESSAGES)),
-]
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]},
+        ChatRow("{}", "messages", MESSAGES[:1]),
+    ),
+    (
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+        ChatRow("{}", "ShareGPT", MESSAGES),
+    ),
+    ({"conversations": MESSAGES, "system": "be brief"}, ChatRow("{}", "ShareGPT", [SYSTEM, *MESSAGES])),
+    (
+        {"conversations": [{"from": "human", "value": "hi"},
+                           {"from": "function_call", "value": '{"name": "now", "arguments": {"zone": "UTC"}}'},
+                           {"from": "observation", "value": "12:00"}], "tools": json.dumps(TOOLS)},
+        ChatRow("{}", "ShareGPT", CALLING, tools=TOOLS),
+    ),
+    (
+        {"messages": [MESSAGES[0], {"role": "assistant", "tool_calls": [
+            {"type": "function", "function": {"name": "now", "arguments": '{"zone": "UTC"}'}}], "content": None},
+            {"role": "tool", "content": "12:00", "name": None}], "tools": TOOLS},
+        ChatRow("{}", "messages", CALLING, tools=TOOLS),
+    ),
+    ({"messages": MESSAGES, "tools": ""}, ChatRow("{}", "messages", MESSAGES)),
+    ({"instruction": "hi", "input": "", "output": "yo", "text": "rendered"}, ChatRow("{}", "Alpaca", MESSAGES)),
+    (
+        {"instruction": "hi", "input": "there", "output": "yo", "system": "be brief", "history": [["hi", "yo"]]},
+        ChatRow("{}", "Alpaca", [SYSTEM, *MESSAGES, {"role": "user", "content": "hi\n\nthere"}, MESSAGES[1]]),
+    ),
+    ({"question": "hi", "answer": "yo"}, ChatRow("{}", "question/answer", MESSAGES)),
+]  # fmt: skip
 
 BAD_ROWS = {
     "not an object": (["a", "list"], r"is a list, not an object"),
@@ -35,12 +76,32 @@ BAD_ROWS = {
     "messages empty": ({"messages": []}, r"'messages' is empty"),
     "message not an object": ({"messages": ["hi"]}, r"messages\[0\]: is a string where a message"),
     "message without content": ({"messages": [*MESSAGES, {"role": "user"}]}, r"messages\[2\]: has no 'content', only"),
-    "message without both": ({"messages": [{"from": "human"}]}, r"has no 'role' and no 'content', only \['from'\]"),
-    "content of parts": ({"messages": [{"role": "user", "content": [{}]}]}, r"'content' is a list where a string"),
-    "unknown role": ({"messages": [{"role": "wizard", "content": ""}]}, r"unknown role 'wizard'.*system, user"),
+    "message without both": ({"messages": [{"from": "human"}]}, r"has no 'value', only \['from'\]"),
+    "content of other parts": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"part 0 is of the type 'image', and only",
+    ),
+    "content a number": ({"messages": [{"role": "user", "content": 7}]}, r"'content' is a number where a string"),
+    "unknown role": ({"messages": [{"role": "wizard", "content": ""}]}, r"unknown role 'wizard'.*system, developer"),
     "role of a wrong type": ({"messages": [{"role": ["user"], "content": ""}]}, r"unknown role \['user'\]"),
-    "tools": ({"messages": MESSAGES, "tools": [{}]}, r"'tools'; tool calls are not supported yet"),
-    "tool calls": ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, r"'tool_calls'; tool"),
+    "unknown ShareGPT role": ({"conversations": [{"from": "bard", "value": ""}]}, r"unknown role 'bard'"),
+    "ShareGPT role of a wrong type": ({"conversations": [{"from": ["gpt"], "value": ""}]}, r"unknown role \['gpt'\]"),
+    "ShareGPT call that is no JSON": (
+        {"conversations": [{"from": "function_call", "value": "now("}]}, r"'value' is not valid JSON",
+    ),
+    "history": ({"instruction": "", "output": "", "history": ["hi"]}, r"'history' is not a list of \[instruction"),
+    "input a number": ({"instruction": "", "input": 3, "output": ""}, r"'input' is a number where a string"),
+    "answer null": ({"question": "", "answer": None}, r"'answer' is a null where a string"),
+    "tools that are no schemas": ({"messages": MESSAGES, "tools": ["now"]}, r"'tools' is a list where a list of JSON"),
+    "tools that are no JSON": ({"messages": MESSAGES, "tools": "now"}, r"'tools' is not valid JSON"),
+    "a user's tool calls": (
+        {"messages": [{"role": "user", "content": "", "tool_calls": [CALL]}]}, r"'tool_calls', and is .* role 'user'",
+    ),
+    "a call without a name": (
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, r"tool_calls\[0\] has no function",
+    ),
+    "arguments that are no JSON": (
+        {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]}, r"arguments is not",
+    ),
 }  # fmt: skip
 
 
@@ -84,7 +145,7 @@ def test_a_bad_row_is_named(case: str, tmp_path: Path):
         ("rows.json", b"[]", r"rows\.json: has no rows"),
         ("rows.json", b'[{"text": "a"},\n{"text"]', r"rows\.json: is not valid JSON: .* line 2 column 8"),
         ("rows.json", b'{"text": "a"}', r"rows\.json: holds a object, not a list of rows"),
-        ("rows.csv", b"text\na", r"rows\.csv: is not a known kind of data file \(\.jsonl, \.json\)"),
+        ("rows.csv", b"text\na", r"rows\.csv: is not a known kind of data file \(\.jsonl, \.json, \.parquet, \.txt\)"),
     ],
 )
 def test_a_bad_file_is_named(name: str, content: bytes, message: str, tmp_path: Path):

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from benchmarks.train import MODELS, random_batch
-from jaxft import losses
+from jaxft import lora, losses
 from jaxft.lora import LoraConfig
 from jaxft.models import labels
 from jaxft.plan import abstract_model
@@ -40,8 +40,17 @@ RECOMPUTED = {
 }
 
 
-def lowered_step(remat: str) -> str:
-    decoder = with_adapter(decoder_of(quantization="nf4", remat=remat))
+# DoRA takes the norms of every linear's rows from a product with the packed weight, once a step. For the gradient of
+# the magnitudes it makes what down_proj gave again, of the weight that the backward pass decodes anyway.
+OF_DORA = {"matvec_kernel": 7}
+
+
+def lowered_step(remat: str, use_dora: bool = False) -> str:
+    decoder = decoder_of(quantization="nf4", remat=remat)
+    if use_dora:
+        lora.attach(decoder, lora.LoraConfig(r=4, use_dora=True), key=jax.random.key(0))
+    else:
+        decoder = with_adapter(decoder)
     graphdef, trainable, frozen = labels.split(decoder)
     tx = optax.sgd(1.0)
     batch = batch_of(random_examples([9, 4, 12, 7]), [[0, 1], [2, 3]], 32)
@@ -49,12 +58,20 @@ def lowered_step(remat: str) -> str:
     return step.trace(trainable, frozen, tx.init(trainable), batch).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+# "full" is among the slow ones because DoRA's test below has all of its kernels.
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_kernels_are_in_the_step_once_each_where_expected(remat: str) -> None:
     with h100():
         counts = kernel_names(lowered_step(remat))
     again = RECOMPUTED if remat == "full" else {}
     assert counts == {name: count + again.get(name, 0) for name, count in WITHOUT_REMAT.items()}
+
+
+def test_dora_has_the_same_kernels_and_a_product_for_its_norms() -> None:
+    with h100():
+        counts = kernel_names(lowered_step("full", use_dora=True))
+    expected = {name: count + RECOMPUTED.get(name, 0) for name, count in WITHOUT_REMAT.items()}
+    assert counts == {**expected, **OF_DORA}
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="the default there is what the test above shows")

@@ -78,6 +78,53 @@ def eps(array: np.ndarray) -> float:
     return ml_dtypes.finfo(array.dtype).eps
 
 
+def test_magnitudes_and_whole_tensors_equal_numpy(base: HFCheckpoint):
+    """DoRA's rows have their magnitudes; what trained whole takes the base's place, in its dtype."""
+    rng = np.random.default_rng(3)
+    embedding = "model.embed_tokens"
+    tensors = {
+        **pair(Q, 64, 64, 3),
+        f"{Q}.lora_magnitude_vector": rng.random(64, np.float32) + 1,
+        f"{embedding}.lora_embedding_A": rng.standard_normal((3, 300), np.float32),
+        f"{embedding}.lora_embedding_B": rng.standard_normal((64, 3), np.float32),
+        f"{embedding}.lora_magnitude_vector": rng.random(64, np.float32) + 1,
+        "model.norm.weight": rng.random(64, np.float32),
+    }
+    config = LoraConfig(r=3, lora_alpha=6, use_dora=True, modules_to_save=("norm",))
+    merged = MergedCheckpoint(base, make_adapter(config, tensors, base_model_name_or_path="base"))
+    for name, axis in ((f"{Q}.weight", 1), (f"{embedding}.weight", 0)):
+        array = merged.read(name).astype(np.float64)
+        magnitude = tensors[name.replace("weight", "lora_magnitude_vector")]
+        tolerance = 4 * float(eps(base.read(name)))
+        np.testing.assert_allclose(np.linalg.norm(array, axis=axis), magnitude, rtol=tolerance + 1e-5)
+        module = name.removesuffix(".weight")
+        parts = ("lora_A.weight", "lora_B.weight") if axis else ("lora_embedding_A", "lora_embedding_B")
+        a, b = (tensors[f"{module}.{part}"].astype(np.float64) for part in parts)
+        direction = base.read(name).astype(np.float64) + 2.0 * (b @ a if axis else (b @ a).T)
+        cosine = np.sum(direction * array, axis) / np.linalg.norm(direction, axis=axis) / magnitude
+        np.testing.assert_allclose(cosine, 1, rtol=tolerance + 1e-5)
+    norm = merged.read("model.norm.weight")
+    np.testing.assert_array_equal(norm, tensors["model.norm.weight"].astype(norm.dtype))
+    assert norm.dtype == base.read("model.norm.weight").dtype
+
+
+@pytest.mark.parametrize("tying", [False, True])
+def test_a_tied_head_that_an_adapter_parts_from_the_embedding(
+    tying: bool, make_tiny_hf: Callable[..., Path], tmp_path: Path
+):
+    """Unless they stay tied, the head is a tensor of its own: what the embedding was."""
+    base = HFCheckpoint(make_tiny_hf(tmp_path / "hf", tie_word_embeddings=True, with_tokenizer=False))
+    trained = np.ones((300, 64), np.float32)
+    config = LoraConfig(r=3, modules_to_save=("embed_tokens",), ensure_weight_tying=tying)
+    tensors = {**pair(Q, 64, 64, 3), "model.embed_tokens.weight": trained}
+    merged = MergedCheckpoint(base, make_adapter(config, tensors, base_model_name_or_path="base"))
+    np.testing.assert_array_equal(merged.read("model.embed_tokens.weight"), trained)
+    assert ("lm_head.weight" in merged.tensors) == (not tying)
+    assert merged.config["tie_word_embeddings"] == tying
+    if not tying:
+        np.testing.assert_array_equal(merged.read("lm_head.weight"), base.read("model.embed_tokens.weight"))
+
+
 def test_what_does_not_fit_is_listed(base: HFCheckpoint):
     tensors = {
         **pair(Q, 64, 64, 3),

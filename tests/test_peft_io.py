@@ -16,8 +16,12 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+import lora_cases
+from converters.hf_export import write_hf
+from converters.hf_files import ADAPTER_CONFIG, read_json, write_json
 from converters.hf_load import HFCheckpoint
 from converters.load import load_decoder
+from converters.merge import MergedCheckpoint
 from converters.open import is_adapter
 from converters.peft_io import (
     WEIGHTS,
@@ -33,6 +37,8 @@ from jaxft import lora
 from jaxft.errors import JaxftError
 from jaxft.lora import LoraConfig
 from jaxft.models.decoder import Decoder
+from models import decoder_of
+from tiny import random_tensors
 
 CONFIG = LoraConfig(r=3, lora_alpha=12, lora_dropout=0.25, target_modules=("down_proj", "q_proj"))
 
@@ -93,10 +99,7 @@ def test_ranks_and_scales_of_single_modules():
     assert [scale_of(adapter, down.format(i)) for i in range(3)] == [4.0, 4.0, 2.0]
     adapter.config["use_rslora"] = True
     assert scale_of(adapter, down.format(2)) == 6 / 3**0.5
-    with pytest.raises(
-        JaxftError, match=r"adapter_config\.json, field rank_pattern: .* can be merged, but not trained"
-    ):
-        lora_config_of(adapter)
+    assert lora_config_of(adapter).rank_of(q.format(1)) == 5
 
 
 def test_older_files_lack_some_fields(tmp_path: Path):
@@ -118,16 +121,13 @@ def test_output_folder(tmp_path: Path):
 
 FIELDS: dict[str, tuple[Any, str]] = {
     "peft_type": ("IA3", "field peft_type: 'IA3' is not supported"),
-    "use_dora": (True, "not supported: use_dora = True"),
-    "bias": ("lora_only", "not supported: bias = 'lora_only'"),
+    "bias": ("some", "field bias: must be one of none, all, lora_only, not 'some'"),
     "lora_bias": (True, "lora_bias = True"),
-    "modules_to_save": (["lm_head"], r"modules_to_save = \['lm_head'\]"),
-    "layers_to_transform": ([0, 1], r"layers_to_transform = \[0, 1\]"),
     "target_parameters": (["mlp.experts"], "target_parameters = "),
     "trainable_token_indices": ([1], "trainable_token_indices = "),
     "layer_replication": ([[0, 1]], "layer_replication = "),
     "fan_in_fan_out": (True, "fan_in_fan_out = True"),
-    "init_lora_weights": ("pissa", "init_lora_weights = 'pissa'"),
+    "init_lora_weights": ("pissa", "init_lora_weights = 'pissa', trained against a changed base"),
     "alora_invocation_tokens": ([1, 2], "alora_invocation_tokens = "),
     "use_qalora": (True, "use_qalora = True"),
     "task_type": ("SEQ_CLS", "task_type = 'SEQ_CLS'"),
@@ -182,7 +182,15 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a vector": (lambda f: _tensors(f, lambda t: t.update({B: t[B][:, 0].copy()})), r"lora_B\.weight is \[64\]"),
     "DoRA's tensor": (
         lambda f: _tensors(f, lambda t: t.update({"base_model.model.x.lora_magnitude_vector": t[A]})),
-        "x.lora_magnitude_vector is not a LoRA matrix",
+        "x.lora_magnitude_vector is not part of a LoRA adapter without use_dora",
+    ),
+    "no magnitudes": (
+        lambda f: write_json(f / ADAPTER_CONFIG, {**read_json(f / ADAPTER_CONFIG), "use_dora": True}),
+        "model.layers.0.mlp.down_proj has no lora_magnitude_vector",
+    ),
+    "a weight of the base": (
+        lambda f: _tensors(f, lambda t: t.update({"base_model.model.lm_head.weight": t[A]})),
+        "lm_head.weight is not a LoRA matrix, and neither modules_to_save nor bias means it",
     ),
     "nothing": (lambda f: _tensors(f, lambda t: t.clear()), "there are none"),
     "cut": (
@@ -240,6 +248,49 @@ def torch_logits(model: Any) -> np.ndarray:
 PEFTS_OWN = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
+def other_kinds(case: str) -> Adapter:
+    """An adapter of a case of lora_cases, as ours writes it, with random tensors where `targets` says."""
+    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in lora_cases.settings(case).items()}
+    config, decoder = LoraConfig(**settings), decoder_of(lora_cases.CONFIG)
+    lora.attach(decoder, config, key=jax.random.key(0))
+    tensors = {name: lora_cases.value(name, array) for name, array in lora.adapter_tensors(decoder).items()}
+    return make_adapter(config, tensors, base_model_name_or_path="base")
+
+
+STORED = {
+    "dora": {"model.layers.0.self_attn.q_proj.lora_magnitude_vector"},
+    "rslora, patterns, whole modules": {
+        "model.layers.0.self_attn.q_proj.base_layer.bias",
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "model.norm.weight",
+    },
+    "embedding, head": {
+        "model.embed_tokens.lora_embedding_A",
+        "lm_head.lora_A.weight",
+        "lm_head.lora_magnitude_vector",
+    },
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_other_kinds_round_trip(case: str, tmp_path: Path):
+    """peft's names in the file, ours in memory, the same settings."""
+    adapter = other_kinds(case)
+    out = write_adapter(adapter, tmp_path / "adapter")
+    assert {f"base_model.model.{name}" for name in STORED[case]} <= load_file(out / WEIGHTS).keys()
+    found = read_adapter(out)
+    assert found.config == adapter.config
+    assert {name: array.tobytes() for name, array in found.tensors.items()} == {
+        name: array.tobytes() for name, array in adapter.tensors.items()
+    }
+    decoder = decoder_of(lora_cases.CONFIG)
+    lora.attach(decoder, lora_config_of(found), key=jax.random.key(0))
+    lora.load_adapter_tensors(decoder, found.tensors)
+    for name, array in lora.adapter_tensors(decoder).items():
+        np.testing.assert_array_equal(array, adapter.tensors[name])
+
+
 @pytest.mark.slow
 @PEFTS_OWN
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -285,3 +336,118 @@ def test_we_load_what_peft_writes(tiny_hf_dir: Path, tmp_path: Path):
     assert list(stored[0]) == list(stored[1])
     files = [load_file(tmp_path / name / WEIGHTS) for name in ("adapter", "ours")]
     assert {name: array.tobytes() for name, array in files[0].items()} == {n: a.tobytes() for n, a in files[1].items()}
+
+
+KINDS = [case for case in lora_cases.CASES if case not in lora_cases.STARTS and "dropout" not in case]
+
+
+def their_model(folder: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def kinds_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base of lora_cases as a checkpoint."""
+    return write_checkpoint(tmp_path_factory.mktemp("kinds") / "hf", lora_cases.CONFIG)
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(random_tensors(config), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def kinds_logits(model: Any) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.as_tensor(lora_cases.TOKENS)).logits.numpy()
+
+
+@pytest.mark.slow
+@PEFTS_OWN
+@pytest.mark.parametrize("case", KINDS)
+def test_peft_loads_and_merges_every_kind_that_we_write(case: str, kinds_dir: Path, tmp_path: Path):
+    """Ours, peft's of our file, peft's merged, and our merged checkpoint read by transformers: one function."""
+    from peft import PeftModel
+
+    adapter = other_kinds(case)
+    out = write_adapter(adapter, tmp_path / "adapter")
+    model = PeftModel.from_pretrained(their_model(kinds_dir), out).eval()
+    theirs = kinds_logits(model)
+    decoder = adapted(kinds_dir, adapter)
+    ours = np.asarray(decoder.logits(decoder(jnp.asarray(lora_cases.TOKENS, jnp.int32))))
+    merged = write_hf(MergedCheckpoint(HFCheckpoint(kinds_dir), adapter), tmp_path / "merged")
+    assert np.abs(theirs - kinds_logits(their_model(kinds_dir))).max() > 0.1
+    for logits in (ours, kinds_logits(their_model(merged).eval()), kinds_logits(model.merge_and_unload())):
+        np.testing.assert_allclose(logits, theirs, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@PEFTS_OWN
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers:UserWarning")
+@pytest.mark.parametrize("case", KINDS)
+def test_we_load_every_kind_that_peft_writes(case: str, kinds_dir: Path, tmp_path: Path):
+    """The same logits; and, but for base weights of adapted embeddings, the same file again."""
+    from vectors import peft_reference
+
+    model = peft_reference.model(case)
+    model.eval().save_pretrained(tmp_path / "theirs")
+    adapter = read_adapter(tmp_path / "theirs")
+    decoder = adapted(kinds_dir, adapter)
+    ours = np.asarray(decoder.logits(decoder(jnp.asarray(lora_cases.TOKENS, jnp.int32))))
+    np.testing.assert_allclose(ours, kinds_logits(model), atol=2e-5, rtol=1e-4)
+    again = make_adapter(lora_config_of(adapter), lora.adapter_tensors(decoder), base_model_name_or_path=None)
+    write_adapter(again, tmp_path / "ours")
+    files = [load_file(tmp_path / name / WEIGHTS) for name in ("theirs", "ours")]
+    contents = [{n: a.tobytes() for n, a in file.items() if not n.endswith("base_layer.weight")} for file in files]
+    assert contents[0] == contents[1]
+    stored = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("theirs", "ours")]
+    for fields in stored:
+        for name in ("target_modules", "modules_to_save"):
+            fields[name] = sorted(fields[name] or [])
+    assert stored[0] == stored[1]
+
+
+@pytest.mark.slow
+@PEFTS_OWN
+@pytest.mark.parametrize("case", ["pissa", "olora"])
+def test_peft_loads_what_started_from_the_weights_on_the_original_base(case: str, kinds_dir: Path, tmp_path: Path):
+    from peft import PeftModel
+
+    config, decoder = LoraConfig(**lora_cases.CASES[case], r=3, use_dora=True), decoder_of(lora_cases.CONFIG)
+    lora.attach(decoder, config, key=jax.random.key(0))
+    learnt = {n: a + 0.05 * lora_cases.value(n, a) for n, a in lora.adapter_tensors(decoder).items()}
+    lora.load_adapter_tensors(decoder, learnt)
+    adapter = make_adapter(*lora.to_save(decoder, config), base_model_name_or_path="base")
+    out = write_adapter(adapter, tmp_path / "adapter")
+    theirs = kinds_logits(PeftModel.from_pretrained(their_model(kinds_dir), out).eval())
+    ours = np.asarray(decoder.logits(decoder(jnp.asarray(lora_cases.TOKENS, jnp.int32))))
+    np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@PEFTS_OWN
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize("tying", [False, True])
+def test_a_tied_head_parts_from_a_trained_embedding_as_in_peft(tying: bool, tmp_path: Path):
+    from peft import PeftModel
+
+    hf = {**lora_cases.CONFIG, "tie_word_embeddings": True}
+    folder = write_checkpoint(tmp_path / "hf", hf)
+    config = LoraConfig(r=2, modules_to_save=("embed_tokens",), target_modules=("q_proj",), ensure_weight_tying=tying)
+    decoder = decoder_of(hf)
+    lora.attach(decoder, config, key=jax.random.key(0))
+    values = {n: lora_cases.value(n, a) for n, a in lora.adapter_tensors(decoder).items()}
+    lora.load_adapter_tensors(decoder, values)
+    adapter = make_adapter(config, values, base_model_name_or_path=str(folder))
+    out = write_adapter(adapter, tmp_path / "adapter")
+    theirs = kinds_logits(PeftModel.from_pretrained(their_model(folder), out).eval())
+    ours = np.asarray(decoder.logits(decoder(jnp.asarray(lora_cases.TOKENS, jnp.int32))))
+    np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-4)
+    merged = write_hf(MergedCheckpoint(HFCheckpoint(folder), adapter), tmp_path / "merged")
+    np.testing.assert_allclose(kinds_logits(their_model(merged).eval()), theirs, atol=2e-5, rtol=1e-4)

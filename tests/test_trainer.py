@@ -29,7 +29,8 @@ from language_models import adapter_of, loaded, logits_of, sums
 from models import relative_l2
 
 ROWS = sums(8)
-KEYS = {"step", "loss", "weight", "tokens", "grad_norm", "learning_rate", "step_time_s", "tokens/s"}
+KEYS = {"step", "loss", "weight", "tokens", "grad_norm", "learning_rate", "step_time_s", "tokens/s", "peak_memory_gib"}
+UNKNOWN = {"mfu", "eta_s"}  # on a CPU, and in a first row
 # One shape and one schedule for most runs, so that they compile one program.
 SETTINGS = SFTConfig(max_seq_length=64, max_steps=4, learning_rate=3e-3, warmup_ratio=0.3, packing=False)
 
@@ -78,8 +79,10 @@ def test_a_run(model: LanguageModel, tmp_path: Path):
     rows = [json.loads(line) for line in lines]
     assert rows == result.rows
     assert [row["step"] for row in rows] == [1, 4]  # every third, the first and the last
-    assert all(set(row) == KEYS for row in rows)
-    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert all(set(row) == KEYS | UNKNOWN for row in rows)
+    assert all(math.isfinite(row[key]) for row in rows for key in KEYS)
+    assert [(row["mfu"], row["eta_s"]) for row in rows] == [(None, None), (None, 0)]
+    assert result.metrics["train_loss"] == pytest.approx((rows[0]["loss"] + rows[1]["loss"]) / 2)
     assert rows[0]["loss"] == pytest.approx(before, abs=0.5)
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["loss.png", "metrics.jsonl"]

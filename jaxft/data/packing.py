@@ -55,3 +55,29 @@ def pack(lengths: Sequence[int] | np.ndarray, max_seq_length: int, max_segments:
                 insort(rooms, room)
             open_rows[room].append(row)
     return rows
+
+
+def arrange(
+    lengths: np.ndarray, max_seq_length: int, packing: bool, max_segments: int, rng: np.random.Generator | None
+) -> list[list[int]]:
+    """The rows of an epoch, or of a buffer: packed or one document each, in an order that `rng` decides.
+
+    Args:
+      lengths, max_seq_length, max_segments: see `pack`.
+      packing: several documents a row.
+      rng: None keeps the order that packing gives, or without packing that of the documents.
+
+    Returns:
+      For each row, the indices of its documents.
+    """
+    order = np.arange(len(lengths))
+    if rng is not None:
+        rng.shuffle(order)
+    if not packing:
+        return order[:, None].tolist()
+    # Packing sorts by length, stably: this shuffle decides which of the equally long documents come together, and the
+    # rows, which come out with the longest documents first, need one of their own.
+    rows = [order[row].tolist() for row in pack(lengths[order], max_seq_length, max_segments)]
+    if rng is not None:
+        rng.shuffle(rows)
+    return rows

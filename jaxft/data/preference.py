@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -11,8 +12,10 @@ import numpy as np
 
 from jaxft.data.batch import Batch, Example, PairBatch, Pairs, lay_out
 from jaxft.data.chat import RowTokenizer
-from jaxft.data.formats import parse_row, read_objects
-from jaxft.data.packing import pack
+from jaxft.data.formats import parse_row
+from jaxft.data.iteration import BatchIterator, iterate
+from jaxft.data.packing import arrange
+from jaxft.data.sources import read_objects
 from jaxft.errors import JaxftError
 
 if TYPE_CHECKING:
@@ -153,12 +156,15 @@ class PairLoader:
         """Steps over all epochs."""
         return self.steps_per_epoch * self.epochs
 
-    def __iter__(self) -> Iterator[PairBatch]:
-        return self.batches()
+    def __iter__(self) -> BatchIterator:
+        return iterate(self)
 
-    def batches(self, start: int = 0) -> Iterator[PairBatch]:
-        """The batches from step `start` on."""
-        return (self[step] for step in range(start, len(self)))
+    @property
+    def order(self) -> dict[str, object]:
+        """What decides which pairs each step has; see `jaxft.data.iteration.RandomAccess`."""
+        names = ("shape", "max_seq_length", "pairs_per_row", "seed")
+        settings = {name: getattr(self, name) for name in names}
+        return {**settings, "pairs": len(self.pairs), "lengths": zlib.crc32(self._lengths.tobytes())}
 
     def indices(self, step: int) -> np.ndarray:
         """int [A, B, P]: which pair is in each place of a step, -1 where none is."""
@@ -188,11 +194,5 @@ class PairLoader:
         return PairBatch(text, mask, mask * np.float32(present.sum() / chosen_tokens), reference)
 
     def _epoch_rows(self, epoch: int) -> list[list[int]]:
-        rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(len(self.pairs))
-        if self.pairs_per_row == 1:
-            return order[:, None].tolist()
-        # As in BatchLoader: one shuffle decides which equally long pairs come together, one the order of the rows.
-        rows = [order[row].tolist() for row in pack(self._lengths[order], self.max_seq_length, MAX_PAIRS)]
-        rng.shuffle(rows)
-        return rows
+        rng, packing = np.random.default_rng((self.seed, epoch)), self.pairs_per_row > 1
+        return arrange(self._lengths, self.max_seq_length, packing, MAX_PAIRS, rng)

@@ -46,7 +46,7 @@ class Slots(NamedTuple):
     def idle(cls, decoder: Decoder, slots: int, capacity: int, sampling: Sampling) -> Slots:
         """`slots` idle ones, with a cache of `capacity` positions."""
         config = decoder.config
-        cache = KVCache.zeros(config, slots, capacity, decoder.model.embed_tokens.weight.get_value().dtype)
+        cache = KVCache.zeros(config, slots, capacity, jnp.dtype(decoder.model.embed_tokens.dtype))
         # Arrays of their own each, because all of them are donated.
         token, position, row, left = (jnp.zeros(slots, jnp.int32) for _ in range(4))
         keys = jax.random.split(jax.random.key(0), slots)
@@ -83,7 +83,7 @@ def _decoder(graphdef: nnx.GraphDef, params: nnx.State) -> Decoder:
 def prefill(graphdef: nnx.GraphDef, params: nnx.State, tokens: jax.Array, length: jax.Array) -> KVCache:
     """The keys and values [L, 1, W, K, H] of a prompt int32 [1, W] of `length` tokens, padded on the right."""
     decoder = _decoder(graphdef, params)
-    dtype = decoder.model.embed_tokens.weight.get_value().dtype
+    dtype = jnp.dtype(decoder.model.embed_tokens.dtype)
     rows, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
     return decoder.extend(tokens, positions, KVCache.zeros(decoder.config, rows, width, dtype), length[None])[1]

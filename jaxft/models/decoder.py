@@ -186,9 +186,13 @@ class Decoder(nnx.Module):
         return hidden_BTD, new_cache
 
     def head(self) -> jax.Array:
-        """The output matrix [V, D]: the head's weight, or the embedding where they are tied."""
-        module = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return module.weight.get_value()
+        """The output matrix [V, D], adapter and all: the head's weight, or the embedding where they are tied."""
+        embedding = self.model.embed_tokens
+        if self.lm_head is None:
+            return embedding.weight.get_value().astype(embedding.dtype)
+        if self.lm_head.lora_A is None:
+            return self.lm_head.weight.get_value().astype(embedding.dtype)
+        return self.lm_head.effective_weight().astype(embedding.dtype)
 
     def head_settings(self, temperature: float = 1.0) -> dict[str, Any]:
         """What ops over the head need beside its matrix: `soft_cap` and `logit_scale`, of logits / temperature."""
@@ -220,14 +224,34 @@ class Decoder(nnx.Module):
         lengths: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
+        hidden_BTD, cache = self.run_layers(
+            self.embed(tokens), positions, segment_ids, cache=cache, lengths=lengths, dropout_key=dropout_key
+        )
+        return self.model.norm(hidden_BTD), cache
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """What the first layer reads, [B, T, D], of tokens int32 [B, T]."""
         x_BTD = self.model.embed_tokens(tokens)
         if self.config.embedding_multiplier != 1:
             x_BTD = x_BTD * jnp.asarray(self.config.embedding_multiplier, x_BTD.dtype)
+        return x_BTD
+
+    def run_layers(
+        self,
+        hidden_BTD: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        *,
+        cache: KVCache | None = None,
+        lengths: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """The layers alone, between `embed` and the final norm: (hidden [B, T, D], the new cache)."""
         info = SequenceInfo(self._rotations(positions, segment_ids, lengths), positions, segment_ids)
-        carry = (x_BTD, cache)
+        carry = (hidden_BTD, cache)
         for segment in segments(self.config, self.remat):
             carry = self._run_segment(segment, carry, info, dropout_key)
-        return self.model.norm(carry[0]), carry[1]
+        return carry
 
     def _rotations(
         self, positions: jax.Array, segment_ids: jax.Array | None, lengths: jax.Array | None

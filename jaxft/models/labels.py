@@ -31,8 +31,8 @@ def is_trainable(path: tuple[Any, ...], variable: Any) -> bool:
     return isinstance(variable, nnx.Variable) and bool(variable.get_metadata("trainable", False))
 
 
-def set_trainable(decoder: nnx.Module, kinds: Collection[Kind]) -> None:
-    """Makes the parameters of these kinds trainable and freezes the rest.
+def set_trainable(decoder: nnx.Module, kinds: Collection[Kind], also: Collection[str] = ()) -> None:
+    """Makes the parameters of these kinds trainable, and those of these paths ("model.norm.weight"); freezes the rest.
 
     Raises:
       JaxftError: an unknown kind, a kind that the decoder has none of, or a quantized base that should train.
@@ -40,14 +40,14 @@ def set_trainable(decoder: nnx.Module, kinds: Collection[Kind]) -> None:
     unknown = set(kinds) - set(KINDS)
     if unknown:
         raise JaxftError("trainable kinds", f"unknown: {', '.join(sorted(unknown))}", f"Known: {', '.join(KINDS)}")
-    variables = [(path, v) for path, v in nnx.iter_graph(decoder) if isinstance(v, nnx.Variable)]
+    variables = [(path, v) for path, v in nnx.iter_graph(decoder) if isinstance(v, nnx.Param)]
     missing = set(kinds) - {kind_of(path, variable) for path, variable in variables}
     if missing:
         raise JaxftError("trainable kinds", f"the decoder has no parameter of kind {', '.join(sorted(missing))}")
     for path, variable in variables:
-        trains = kind_of(path, variable) in kinds
+        name = ".".join(map(str, path))
+        trains = kind_of(path, variable) in kinds or name in also
         if trains and not isinstance(variable.get_value(), jax.Array):
-            name = ".".join(map(str, path))
             raise JaxftError(name, "is quantized and cannot train", "Load with load_in_4bit=False to train the base")
         variable.set_metadata(trainable=trains)
 

@@ -21,6 +21,13 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Arr
     return (0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
 
 
+ROW_NORMS = "dora_norms"  # checkpoint name of the norms of W + scale B A's rows: tiny, and a product with W to make
+
+
+class Constant(nnx.Variable):
+    """What attaching an adapter computed from the base. It never trains, and no checkpoint holds it."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerView:
@@ -33,9 +40,12 @@ class LayerView:
     stack: jax.Array
     layer: jax.Array
 
-    def dequantize(self, dtype: DTypeLike) -> jax.Array:
-        """The layer's weight [out, in] in `dtype`."""
-        return jax.lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False).astype(dtype)
+    def dequantize(self, dtype: DTypeLike, row_scale: jax.Array | None = None) -> jax.Array:
+        """The layer's weight [out, in] in `dtype`, its rows times `row_scale` (float32 [out]) where there is one."""
+        weight = jax.lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)
+        if row_scale is not None:
+            weight = weight.astype(jnp.float32) * row_scale[:, None]
+        return weight.astype(dtype)
 
 
 def at_layer(frozen: nnx.State, layer: jax.Array) -> nnx.State:
@@ -55,7 +65,8 @@ def at_layer(frozen: nnx.State, layer: jax.Array) -> nnx.State:
 class Linear(nnx.Module):
     """y = x W^T + b, plus scale * (x A^T) B^T once `jaxft.lora.attach` has added the pair.
 
-    `weight` [out, in] is an array or a QTensor; a stack of layers has a leading [L] on every parameter.
+    `weight` [out, in] is an array or a QTensor; a stack of layers has a leading [L] on every parameter. With a
+    magnitude (DoRA) the rows of W + scale B A are brought to it.
     """
 
     def __init__(
@@ -72,12 +83,19 @@ class Linear(nnx.Module):
         self.name = name
         self.in_features = in_features
         self.out_features = out_features
+        self.dtype = dtype
         self.weight = nnx.Param(_normal(rngs, (*stack, out_features, in_features), dtype))
         self.bias = nnx.data(nnx.Param(jnp.zeros((*stack, out_features), dtype)) if bias else None)
         self.lora_A: nnx.LoRAParam | None = nnx.data(None)
         self.lora_B: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_magnitude_vector: nnx.LoRAParam | None = nnx.data(None)
         self.lora_scale = 1.0
+        self.lora_scales: Constant | None = nnx.data(None)
         self.lora_dropout = 0.0
+        self.lora_ranks: tuple[int, ...] = ()
+        self.squared_norms: Constant | None = nnx.data(None)
+        self.initial_A: Constant | None = nnx.data(None)
+        self.initial_B: Constant | None = nnx.data(None)
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """x [..., in] -> [..., out]; LoRA dropout is applied only with a key."""
@@ -87,12 +105,54 @@ class Linear(nnx.Module):
         """What `pallas_kernels` computes with; the dropout key becomes this linear's own."""
         if dropout_key is not None:
             dropout_key = jax.random.fold_in(dropout_key, zlib.crc32(self.name.encode()) & 0x7FFFFFFF)
+        parts = (self.bias, self.lora_A, self.lora_B)
         return pk.LoraWeights(
             self.weight.get_value(),
-            *(None if part is None else part.get_value() for part in (self.bias, self.lora_A, self.lora_B)),
-            scale=self.lora_scale,
+            *(None if part is None else part.get_value() for part in parts),
+            scale=adapter_scale(self),
             dropout_key=dropout_key,
+            row_scale=self._row_scale(),
         )
+
+    def _row_scale(self) -> jax.Array | None:
+        """DoRA's magnitude over the norm of each row of W + scale B A, float32 [out]."""
+        if self.lora_magnitude_vector is None:
+            return None
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        assert self.squared_norms is not None
+        scale = adapter_scale(self)
+        norms = pk.row_norms(
+            self.weight.get_value(),
+            self.squared_norms.get_value(),
+            self.lora_A.get_value(),
+            self.lora_B.get_value(),
+            scale,
+            self.dtype,
+        )
+        return magnitude_over_norm(self.lora_magnitude_vector.get_value(), norms, scale)
+
+    def effective_weight(self) -> jax.Array:
+        """The one weight [out, in] that computes the same, in float32: a head's, which losses take as a matrix."""
+        linear = self.parameters()
+        weight = pk.decoded(linear.weight, jnp.float32)
+        if linear.lora_A is None or linear.lora_B is None:
+            return weight
+        A, B = (factor.astype(jnp.float32) for factor in (linear.lora_A, linear.lora_B))
+        weight = weight + linear.scale * jnp.einsum("or,ri->oi", B, A, precision="highest")
+        return weight if linear.row_scale is None else weight * linear.row_scale[:, None]
+
+
+def adapter_scale(module: Linear | Embedding) -> float | jax.Array:
+    """What B A x is multiplied by: one number, or of a layer of a stack whose layers differ, a float32 scalar."""
+    return module.lora_scale if module.lora_scales is None else module.lora_scales.get_value()
+
+
+def magnitude_over_norm(magnitude: jax.Array, norms: jax.Array, scale: float | jax.Array) -> jax.Array:
+    """DoRA's factor of each row; 1 where the scale is 0, which says that this layer of a stack has no adapter."""
+    norms = checkpoint_name(norms, ROW_NORMS)
+    ratio = magnitude / jnp.where(norms == 0, 1, norms)
+    return jnp.where(jnp.asarray(scale, jnp.float32).reshape(1) == 0, 1, ratio)
 
 
 def dropout_rate(*linears: Linear) -> float:
@@ -160,10 +220,35 @@ def make_norm(config: DecoderConfig, *shape: int, stack: tuple[int, ...], dtype:
 
 
 class Embedding(nnx.Module):
-    """Rows of `weight` [V, D] by token id."""
+    """Rows of `weight` [V, D] by token id, in `dtype`; plus scale * B A[:, token] with an adapter [D, r], [r, V].
+
+    DoRA's magnitude is of the D columns, as PEFT has it.
+    """
 
     def __init__(self, vocab_size: int, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.in_features = vocab_size
+        self.out_features = features
+        self.dtype = dtype
         self.weight = nnx.Param(_normal(rngs, (vocab_size, features), dtype))
+        self.lora_embedding_A: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_embedding_B: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_magnitude_vector: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_scale = 1.0
+        self.lora_scales: Constant | None = nnx.data(None)
+        self.lora_ranks: tuple[int, ...] = ()
+        self.squared_norms: Constant | None = nnx.data(None)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return jnp.take(self.weight.get_value(), tokens, axis=0)
+        rows = jnp.take(self.weight.get_value(), tokens, axis=0)
+        if self.lora_embedding_A is None or self.lora_embedding_B is None:
+            return rows.astype(self.dtype)
+        A, B, scale = self.lora_embedding_A.get_value(), self.lora_embedding_B.get_value(), adapter_scale(self)
+        low = jnp.take(A.astype(jnp.float32), tokens, axis=1)
+        change = jnp.einsum("r...,dr->...d", low, B.astype(jnp.float32), precision="highest")
+        rows = rows.astype(jnp.float32) + scale * change
+        if self.lora_magnitude_vector is not None and self.squared_norms is not None:
+            columns = self.weight.get_value().T
+            norms = pk.row_norms(columns, self.squared_norms.get_value(), A, B, scale, self.dtype)
+            factor = magnitude_over_norm(self.lora_magnitude_vector.get_value(), norms, scale)
+            rows = rows * jnp.broadcast_to(factor, rows.shape)
+        return rows.astype(self.dtype)

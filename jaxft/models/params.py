@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder, abstract_decoder
+from jaxft.models.layers import Constant
 from jaxft.quant import QUANTIZATIONS, QTensor
 
 LAYERS = "layers"
@@ -164,7 +165,7 @@ def tensor_views(decoder: Decoder) -> dict[str, TensorView]:
     """HF name -> view of every tensor of the decoder's base, adapters left out."""
     views: dict[str, TensorView] = {}
     for path, variable in parameters(decoder):
-        if not isinstance(variable, nnx.LoRAParam):
+        if not isinstance(variable, nnx.LoRAParam | Constant):
             stacked = LAYERS in path
             for layer, name in enumerate(hf_names(path, decoder.config.num_hidden_layers)):
                 views[name] = TensorView(variable.get_value(), layer if stacked else None)

@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxft.errors import JaxftError
+from jaxft.models.layers import ROW_NORMS
 
 LAYER_INPUT = "layer_input"
 MID = "mid"  # the residual stream between attention and MLP
 AUTO = "auto"  # the trainer chooses (`jaxft.train.auto_remat`); where nothing trains it means "full"
 # In the order in which a layer makes them.
-CHECKPOINT_NAMES = (LAYER_INPUT, "q", "k", "v", "attn_out", "attn_lse", MID, "gate", "up", "lora_low_rank")
+CHECKPOINT_NAMES = (LAYER_INPUT, "q", "k", "v", "attn_out", "attn_lse", MID, "gate", "up", "lora_low_rank", ROW_NORMS)
 
 _LISTS = {"full": (), "offload": (f"{LAYER_INPUT}@host",), "all": CHECKPOINT_NAMES}
 _HOST = "@host"
@@ -167,19 +168,19 @@ def _unknown(policy: object) -> JaxftError:
 def rematerialise(block: Callable[..., Any], policy: LayerPolicy, *, in_scan: bool) -> Callable[..., Any]:
     """`block` under `jax.checkpoint` with `policy`.
 
-    A layer's input is kept on the device unless it is offloaded. The CPU's device memory *is* host memory, so there
-    what would be offloaded is kept. `in_scan` says that a loop already keeps the compiler from merging the
-    recomputation with the forward pass.
+    A layer's input is kept on the device unless it is offloaded, and DoRA's norms always are. The CPU's device
+    memory *is* host memory, so there what would be offloaded is kept. `in_scan` says that a loop already keeps the
+    compiler from merging the recomputation with the forward pass.
     """
     if policy.everything:
         return block
     if policy.offloaded and jax.default_backend() != "cpu":
         saves = jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=policy.kept,
+            names_which_can_be_saved=(*policy.kept, ROW_NORMS),
             names_which_can_be_offloaded=policy.offloaded,
             offload_src="device",
             offload_dst="pinned_host",
         )
     else:
-        saves = jax.checkpoint_policies.save_only_these_names(*policy.kept, *policy.offloaded)
+        saves = jax.checkpoint_policies.save_only_these_names(*policy.kept, *policy.offloaded, ROW_NORMS)
     return jax.checkpoint(block, policy=saves, prevent_cse=not in_scan)

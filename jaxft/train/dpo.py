@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -17,9 +16,13 @@ from jaxft.data.batch import PairBatch, Pairs
 from jaxft.data.preference import Pair, PairLoader, read_pairs
 from jaxft.errors import JaxftError
 from jaxft.losses.preference import LossType, PreferenceLoss, reference_log_probs
+from jaxft.models.decoder import Decoder
+from jaxft.train import evaluation, trainer
+from jaxft.train.arguments import known_names_only
 from jaxft.train.sft import Rows, SFTConfig, SFTTrainer, check_vocabulary
 
 
+@known_names_only
 @dataclasses.dataclass(frozen=True)
 class DPOConfig(SFTConfig):
     """Settings of a preference run, spelt as TRL spells them; those of SFTConfig as they are there.
@@ -48,6 +51,8 @@ class DPOConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.neftune_noise_alpha:
+            raise JaxftError("neftune_noise_alpha", "would add noise to the reference, too", "Leave it out")
         self.loss()  # checks its settings
 
     def loss(self) -> PreferenceLoss:
@@ -76,14 +81,10 @@ class DPOTrainer(SFTTrainer):
 
     def evaluate(self, dataset: Rows | None = None) -> dict[str, float]:
         """The mean loss of `dataset`'s (or eval_dataset's) pairs and the metrics that training logs, as "eval_..."."""
-        rows = self._eval_dataset if dataset is None else dataset
-        loader = self._loader(self._examples(rows, "eval_dataset"), epochs=1)
-        graphdef, params = nnx.split(self.model.decoder)
-        sums: Any = None
-        for batch in console.track(loader, "evaluating", len(loader)):
-            found = jax.device_get(_evaluate(graphdef, params, batch, self.args.loss()))
-            sums = found if sums is None else jax.tree.map(np.add, sums, found)
-        return {f"eval_{name}": float(total / weight) for name, (total, weight) in sums.items()}
+        return super().evaluate(dataset)
+
+    def _evaluated(self, decoder: Decoder, loader: Any) -> dict[str, float]:
+        return evaluation.mean_loss(decoder, loader, self._loss_function)
 
     def _examples(self, rows: Rows | None, name: str) -> list[Pair]:
         if rows is None:
@@ -99,24 +100,26 @@ class DPOTrainer(SFTTrainer):
         console.console.print(f"{name}: {report}", soft_wrap=True)
         return pairs
 
-    def _loader(self, examples: Sequence[Pair], epochs: int) -> PairLoader:
+    def _loader(
+        self, examples: Sequence[Pair], epochs: int, batch_size: int | None = None, accumulation: int | None = None
+    ) -> PairLoader:
         args = self.args
         return PairLoader(
             examples,
-            batch_size=args.per_device_train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
+            batch_size=batch_size or args.per_device_train_batch_size,
+            accumulation=accumulation or args.gradient_accumulation_steps,
             max_seq_length=self._max_seq_length,
             packing=args.packing,
             seed=args.seed,
             epochs=epochs,
         )
 
-    def _loss(self, loader: PairLoader) -> tuple[Any, Iterable[Any]]:
+    def _job(self, loader: PairLoader, total_steps: int) -> trainer.Job:
         if self.args.precompute_ref_log_probs and self.args.loss().needs_reference:
             loader.reference = precompute(self.model.decoder, loader)
-        return super()._loss(loader)
+        return super()._job(loader, total_steps)
 
-    @property
+    @cached_property
     def _loss_function(self) -> Any:
         return partial(losses.preference, settings=self.args.loss())
 
@@ -140,14 +143,3 @@ def precompute(decoder: Any, loader: PairLoader) -> Pairs:
 def _reference(graphdef: nnx.GraphDef, params: nnx.State, batch: PairBatch) -> Pairs:
     """Of a batch [A, B, ...]: [A, B, P] each."""
     return jax.lax.map(lambda micro: reference_log_probs(nnx.merge(graphdef, params), micro), batch)
-
-
-@partial(jax.jit, static_argnames=("graphdef", "settings"))
-def _evaluate(graphdef: nnx.GraphDef, params: nnx.State, batch: PairBatch, settings: PreferenceLoss) -> dict[str, Any]:
-    """(sum, weight) of the loss and of each metric over a batch [A, B, ...]."""
-
-    def one(micro: PairBatch) -> dict[str, Any]:
-        total, weight, metrics = losses.preference(nnx.merge(graphdef, params), micro, settings)
-        return {"loss": (total, weight), **{name: x for name, x in metrics.items() if isinstance(x, tuple)}}
-
-    return jax.tree.map(partial(jnp.sum, axis=0), jax.lax.map(one, batch))

@@ -8,8 +8,9 @@ reference of the KL term is the model with its adapter switched off.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -17,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from jaxft import console, losses, optim
+from jaxft import console, losses
 from jaxft.data.batch import Example, PolicyBatch, lay_out
-from jaxft.data.formats import read_objects
+from jaxft.data.sources import read_objects
 from jaxft.errors import JaxftError
 from jaxft.files import new_file, prepare_output_dir
 from jaxft.generate import Completions, complete
@@ -27,7 +28,8 @@ from jaxft.generation.sampling import Sampling
 from jaxft.losses.policy import Level, LossType, PolicyLoss, ScaleRewards
 from jaxft.models.decoder import Decoder
 from jaxft.train import rewards, trainer
-from jaxft.train.metrics import MetricsLog
+from jaxft.train.arguments import known_names_only
+from jaxft.train.metrics import MetricsLog, read_rows
 from jaxft.train.rewards import RewardFunction
 from jaxft.train.sft import Rows, SFTConfig
 
@@ -38,8 +40,10 @@ if TYPE_CHECKING:
 
 
 _ROW_MULTIPLE = 64  # rows are a multiple of so many tokens
+SUMMARY, COMPLETIONS = "rollouts.jsonl", "completions.jsonl"
 
 
+@known_names_only
 @dataclasses.dataclass(frozen=True)
 class GRPOConfig(SFTConfig):
     """Settings of a run, spelt as TRL spells them; those of SFTConfig as they are there.
@@ -100,6 +104,11 @@ class GRPOConfig(SFTConfig):
                 f"is {self.num_generations}: it must be at least 2, and divide the {self.completions} completions of a "
                 "rollout (per_device_train_batch_size x gradient_accumulation_steps)",
             )
+        for name in ("neftune_noise_alpha", "dataset_text_field"):
+            if getattr(self, name):
+                raise JaxftError(name, "has no meaning for GRPO", "Leave it out")
+        if self.eval_strategy != "no":
+            raise JaxftError("eval_strategy", "GRPO evaluates nothing; the rewards are logged", "Leave it out")
         self.loss()  # checks its settings
         self.sampling()
 
@@ -190,45 +199,41 @@ class GRPOTrainer:
         self._row_length = -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE
         self._decoder: Decoder = model.decoder
 
-    def train(self) -> trainer.TrainResult:
-        """Runs the training; the model holds the new values afterwards, also when the run was interrupted."""
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> trainer.TrainResult:
+        """Runs the training; the model holds the new values afterwards, also when the run was interrupted.
+
+        Args:
+          resume_from_checkpoint: as the setting of that name, which it takes the place of.
+        """
         args = self.args
-        output_dir = prepare_output_dir(args.output_dir, overwrite=args.overwrite_output_dir)
+        if resume_from_checkpoint is not None:
+            args = dataclasses.replace(args, resume_from_checkpoint=str(resume_from_checkpoint))
+        output_dir = prepare_output_dir(args.output_dir, overwrite=args.overwrite_output_dir or args.resumes)
         rollouts_per_epoch = math.ceil(len(self.prompts) * args.num_generations / args.completions)
         total_steps = args.max_steps
         if total_steps <= 0:
             total_steps = args.num_train_epochs * rollouts_per_epoch * args.num_iterations
-        warmup = args.warmup_steps or math.ceil(args.warmup_ratio * total_steps)
-        schedule = optim.schedule(
-            args.lr_scheduler_type, args.learning_rate, total_steps=total_steps, warmup_steps=warmup
-        )
-        tx = optim.optimizer(
-            args.optim,
-            schedule,
-            b1=args.adam_beta1,
-            b2=args.adam_beta2,
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-            max_grad_norm=args.max_grad_norm,
-        )
         self._decoder = self.model.decoder
-        log = _RolloutLog(output_dir, [rewards.name_of(f) for f in self.functions], args)
+        rollouts = _Rollouts(self, total_steps)
+        job = trainer.Job(
+            self.model.decoder,
+            partial(losses.policy, settings=args.loss()),
+            rollouts,
+            total_steps,
+            rollouts_per_epoch * args.num_iterations,
+            callbacks=[self._remember, *self.callbacks],
+            facts={
+                "adapter": self.model.lora_config,
+                "base model": Path(self.model.name).name,
+                "prompts": self._digest,
+            },
+            save_multiple=args.num_iterations,
+        )
         try:
-            result = trainer.run(
-                self.model.decoder,
-                partial(losses.policy, settings=args.loss()),
-                tx,
-                self._batches(total_steps, log),
-                total_steps=total_steps,
-                schedule=schedule,
-                output_dir=output_dir,
-                logging_steps=args.logging_steps,
-                callbacks=[self._remember, *self.callbacks],
-                memory_budget_gib=args.memory_budget_gib,
-            )
+            result = trainer.run(job, args)
         finally:
-            log.close()
-        plot_curves(result.rows, log.rows, output_dir / "curves.png")
+            rollouts.close()
+        plot_curves(result.rows, rollouts.rows, output_dir / "curves.png")
         return result
 
     def rollout(self, decoder: Decoder, prompts: Sequence[Prompt], seed: int) -> Rollout:
@@ -268,25 +273,24 @@ class GRPOTrainer:
         """A callback: the next rollout, which comes before the next step, runs on these weights."""
         self._decoder = state.decoder
 
-    def _batches(self, total_steps: int, log: _RolloutLog) -> Iterator[PolicyBatch]:
-        args = self.args
-        order = self._order()
-        for number in range(math.ceil(total_steps / args.num_iterations)):
-            prompts = [next(order) for _ in range(args.completions // args.num_generations)]
-            rollout = self.rollout(self._decoder, prompts, seed=args.seed + number)
-            step = number * args.num_iterations
-            log.write(step + 1, rollout, self._totals(rollout))
-            batch = self.batch(rollout)
-            for _ in range(min(args.num_iterations, total_steps - step)):
-                yield batch
+    @property
+    def _digest(self) -> str:
+        """Of the prompts, in their order."""
+        return hashlib.sha256(repr([prompt.tokens for prompt in self.prompts]).encode()).hexdigest()[:16]
 
-    def _order(self) -> Iterator[Prompt]:
-        """The prompts, epoch after epoch, each shuffled by (seed, epoch)."""
-        epoch = 0
-        while True:
-            for index in np.random.default_rng((self.args.seed, epoch)).permutation(len(self.prompts)):
-                yield self.prompts[index]
-            epoch += 1
+    def prompts_of(self, rollout: int) -> list[Prompt]:
+        """The prompts of a rollout, counted from 0: epoch after epoch, each shuffled by (seed, epoch)."""
+        each = self.args.completions // self.args.num_generations
+        found = []
+        for place in range(rollout * each, (rollout + 1) * each):
+            epoch, place = divmod(place, len(self.prompts))
+            order = np.random.default_rng((self.args.seed, epoch)).permutation(len(self.prompts))
+            found.append(self.prompts[order[place]])
+        return found
+
+    def next_rollout(self, number: int) -> Rollout:
+        """The rollout of that number, counted from 0, with the weights of the last step."""
+        return self.rollout(self._decoder, self.prompts_of(number), seed=self.args.seed + number)
 
     def _judge(self, prompts: Sequence[Prompt], drawn: Completions, texts: Sequence[str]) -> np.ndarray | None:
         """float64 [N, functions]; None where a function failed and that is to be skipped."""
@@ -306,7 +310,7 @@ class GRPOTrainer:
             return None
         return np.stack(found, axis=1)
 
-    def _totals(self, rollout: Rollout) -> np.ndarray | None:
+    def totals(self, rollout: Rollout) -> np.ndarray | None:
         """The weighted rewards, float64 [prompts, num_generations]."""
         if rollout.rewards is None:
             return None
@@ -314,7 +318,7 @@ class GRPOTrainer:
 
     def _advantages(self, rollout: Rollout) -> np.ndarray:
         """float32 [N]; 0 where no reward is known."""
-        totals = self._totals(rollout)
+        totals = self.totals(rollout)
         if totals is None:
             return np.zeros(len(rollout.texts), np.float32)
         return losses.advantages(totals, self.args.scale_rewards).ravel()
@@ -359,35 +363,75 @@ def _as_completion(prompt: Any, text: str) -> Any:
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
-class _RolloutLog:
-    """rollouts.jsonl and completions.jsonl, and a table of samples now and then."""
+class _Rollouts:
+    """The batches of a run, each rollout's num_iterations times, and the logs of the rollouts.
 
-    def __init__(self, output_dir: Path, names: Sequence[str], args: GRPOConfig) -> None:
-        self.names = names
-        self.args = args
+    An iterator of its own kind: a batch depends on the weights of the step before it. Its state is a number, so it can
+    go on only where a rollout ends.
+    """
+
+    def __init__(self, owner: GRPOTrainer, total_steps: int) -> None:
+        self.owner = owner
+        self.args = owner.args
+        self.names = [rewards.name_of(f) for f in owner.functions]
         self.rows: list[dict[str, Any]] = []
-        self._summary = MetricsLog(output_dir / "rollouts.jsonl")
-        self._completions = MetricsLog(output_dir / "completions.jsonl")
+        self._total = total_steps
+        self._step = 0
+        self._batch: PolicyBatch | None = None
+        self._summary: MetricsLog | None = None
+        self._completions: MetricsLog | None = None
+
+    def __iter__(self) -> _Rollouts:
+        return self
+
+    def __next__(self) -> PolicyBatch:
+        if self._step == self._total:
+            raise StopIteration
+        if self._batch is None or self._step % self.args.num_iterations == 0:
+            rollout = self.owner.next_rollout(self._step // self.args.num_iterations)
+            self.write(self._step + 1, rollout, self.owner.totals(rollout))
+            self._batch = self.owner.batch(rollout)
+        self._step += 1
+        return self._batch
+
+    def get_state(self) -> dict[str, int]:
+        """How many batches were taken."""
+        return {"step": self._step}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes on after so many batches."""
+        self._step = state["step"]
+        self.rows = [row for row in read_rows(Path(self.args.output_dir) / SUMMARY) if row["step"] <= self._step]
+
+    def _open(self) -> tuple[MetricsLog, MetricsLog]:
+        """The logs; what they hold of rollouts that come again goes."""
+        if self._summary is None or self._completions is None:
+            folder = Path(self.args.output_dir)
+            self._summary = MetricsLog(folder / SUMMARY, resume_at=self._step)
+            self._completions = MetricsLog(folder / COMPLETIONS, resume_at=self._step)
+        return self._summary, self._completions
 
     def write(self, step: int, rollout: Rollout, totals: np.ndarray | None) -> None:
         """Notes the rollout whose first optimisation step is `step`."""
+        summary, completions = self._open()
         row = {"step": step, **self._statistics(rollout, totals)}
         self.rows.append(row)
-        self._summary.write(row)
+        summary.write(row)
         samples = [
             (prompt.where, text, None if totals is None else float(totals.flat[i]))
             for i, (prompt, text) in enumerate(zip(rollout.prompts, rollout.texts, strict=True))
         ]
         for where, text, reward in samples:
-            self._completions.write({"step": step, "row": where, "completion": text, "reward": reward})
+            completions.write({"step": step, "row": where, "completion": text, "reward": reward})
         shown = samples[: self.args.num_completions_to_print]
         if shown and (len(self.rows) - 1) % self.args.logging_steps == 0:
             console.console.print(console.table(f"step {step}", ("row", "completion", "reward"), shown))
 
     def close(self) -> None:
         """Closes the files."""
-        self._summary.close()
-        self._completions.close()
+        for log in (self._summary, self._completions):
+            if log is not None:
+                log.close()
 
     def _statistics(self, rollout: Rollout, totals: np.ndarray | None) -> dict[str, Any]:
         lengths = [len(tokens) for tokens in rollout.drawn.tokens]

@@ -3,98 +3,57 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
-from jaxft import console, losses, optim
-from jaxft.data.batch import Batch, Example
-from jaxft.data.chat import OnOverlong, preview, tokenize_rows
-from jaxft.data.formats import read_rows
+from jaxft import console, losses
+from jaxft.data.batch import Example
+from jaxft.data.chat import preview
+from jaxft.data.examples import OnBadRow, OnOverlong, RowSettings, tokenize_rows
 from jaxft.data.loader import BatchLoader
+from jaxft.data.sources import Source, read_objects
+from jaxft.data.turns import Markers
 from jaxft.errors import JaxftError
 from jaxft.files import prepare_output_dir
-from jaxft.optim import Optimizer, Scheduler
-from jaxft.train import trainer
+from jaxft.models.decoder import Decoder
+from jaxft.train import evaluation, reporting, trainer
+from jaxft.train.arguments import TrainingArguments, known_names_only, translated
+from jaxft.train.noise import noisy_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxft.api import LanguageModel
 
-Rows = str | Path | Iterable[Mapping[str, Any]]
+Rows = str | Path | Iterable[Any] | Source
 
 
+@known_names_only
 @dataclasses.dataclass(frozen=True)
-class SFTConfig:
-    """Settings of a supervised run, spelt as TRL spells them.
+class SFTConfig(TrainingArguments):
+    """Settings of a supervised run, spelt as TRL spells them; the others are `TrainingArguments`'.
 
     Attributes:
-      output_dir: gets metrics.jsonl and loss.png; must be empty or not exist.
-      overwrite_output_dir: write into a folder that is not empty.
-      per_device_train_batch_size: rows in a micro-batch.
-      gradient_accumulation_steps: micro-batches in a step.
-      num_train_epochs: how often the data set is gone through; ignored when max_steps is positive.
-      max_steps: end after so many steps, starting the data set again where needed.
-      learning_rate: the highest of the schedule.
-      lr_scheduler_type: what the learning rate does after the warm-up.
-      warmup_steps: steps over which it rises from 0.
-      warmup_ratio: the same as a share of all steps, rounded up; ignored when warmup_steps is not 0.
-      optim: AdamW with float32 moments (adamw_torch) or 8-bit ones (adamw_8bit).
-      weight_decay: of AdamW.
-      adam_beta1: decay of AdamW's mean of the gradients.
-      adam_beta2: decay of AdamW's mean of their squares.
-      adam_epsilon: added to AdamW's denominator.
-      max_grad_norm: clip gradients by their global norm; 0 does not clip.
-      logging_steps: log every so many steps.
-      seed: of the order of the rows and of dropout.
       packing: several documents in a row, which never see each other.
       max_seq_length: tokens in a row; None takes the model's.
       assistant_only_loss: learn the assistant's turns only.
       on_overlong: what becomes of rows over max_seq_length.
-      memory_budget_gib: what use_gradient_checkpointing="auto" may use of the device; None is what it has.
+      on_bad_row: what becomes of rows that cannot be read, have no known form or nothing to learn from.
+      dataset_text_field: the key of plain text, which then decides before any other form; None recognises forms.
+      neftune_noise_alpha: of the noise on the embeddings, 5 to 15 as a rule; None adds none.
     """
 
-    output_dir: str = "outputs"
-    overwrite_output_dir: bool = False
-    per_device_train_batch_size: int = 2
-    gradient_accumulation_steps: int = 1
-    num_train_epochs: int = 1
-    max_steps: int = -1
-    learning_rate: float = 2e-4
-    lr_scheduler_type: Scheduler = "linear"
-    warmup_steps: int = 0
-    warmup_ratio: float = 0.0
-    optim: Optimizer = "adamw_torch"
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    logging_steps: int = 1
-    seed: int = 3407
     packing: bool = True
     max_seq_length: int | None = None
     assistant_only_loss: bool = True
     on_overlong: OnOverlong = "error"
-    memory_budget_gib: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.logging_steps < 1:
-            raise JaxftError("logging_steps", f"must be at least 1, not {self.logging_steps}")
-
-
-class _Micro(NamedTuple):
-    """A micro-batch with the key of its dropout."""
-
-    batch: Any
-    dropout_key: jax.Array
+    on_bad_row: OnBadRow = "error"
+    dataset_text_field: str | None = None
+    neftune_noise_alpha: float | None = None
 
 
 class SFTTrainer:
@@ -103,14 +62,20 @@ class SFTTrainer:
     Args:
       model: from `FastLanguageModel`; its decoder is trained in place.
       tokenizer: None takes the model's.
-      train_dataset: rows, or a .jsonl or .json file of them; see `jaxft.data.formats`.
+      train_dataset: rows, or a file of them; see `jaxft.data.formats`.
       args: the settings.
-      eval_dataset: rows for `evaluate`.
-      callbacks: called with a `jaxft.train.trainer.TrainState` after every step.
+      eval_dataset: rows for `evaluate`, and for evaluations during the run.
+      callbacks: called with a `jaxft.train.trainer.TrainState` after every step; True ends the run.
+      processing_class: TRL's newer name of `tokenizer`.
+      formatting_func: makes a text of each row.
+      data_collator: is not used: batches are laid out by `jaxft.data.loader`.
+      settings: more settings by name, in place of those of `args`, as older trainers took them.
 
     Raises:
       JaxftError: rows that cannot be read or tokenized (named by file and row), a data set with nothing to learn.
     """
+
+    args: SFTConfig
 
     def __init__(
         self,
@@ -120,71 +85,90 @@ class SFTTrainer:
         args: SFTConfig = SFTConfig(),
         eval_dataset: Rows | None = None,
         callbacks: Sequence[trainer.Callback] = (),
+        *,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        formatting_func: Callable[[Any], str] | None = None,
+        data_collator: Any = None,
+        **settings: Any,
     ) -> None:
+        if data_collator is not None:
+            console.console.print("data_collator has no effect: batches are laid out by jaxft", soft_wrap=True)
         self.model = model
-        self.args = args
-        self.tokenizer = tokenizer or model.tokenizer
+        self.args = dataclasses.replace(args, **translated(type(args), settings))
+        self.tokenizer = tokenizer or processing_class or model.tokenizer
         self.callbacks = callbacks
-        self._train_dataset = train_dataset
-        self._eval_dataset = eval_dataset
+        self.formatting_func = formatting_func
+        self.response_markers: Markers | None = None  # of conversations that were rendered already
+        self.train_dataset = train_dataset
+        self.eval_dataset = eval_dataset
 
-    def train(self) -> trainer.TrainResult:
-        """Runs the training; the model holds the new values afterwards, also when the run was interrupted."""
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> trainer.TrainResult:
+        """Runs the training; the model holds the new values afterwards, also when the run was interrupted.
+
+        Args:
+          resume_from_checkpoint: as the setting of that name, which it takes the place of.
+        """
         args = self.args
-        output_dir = prepare_output_dir(args.output_dir, overwrite=args.overwrite_output_dir)
-        examples = self._examples(self._train_dataset, "train_dataset")
+        if resume_from_checkpoint is not None:
+            args = dataclasses.replace(args, resume_from_checkpoint=str(resume_from_checkpoint))
+        examples = self._examples(self.train_dataset, "train_dataset")
         loader = self._loader(examples, epochs=args.num_train_epochs)
         if args.max_steps > 0:
             loader = self._loader(examples, epochs=-(-args.max_steps // loader.steps_per_epoch))
         total_steps = args.max_steps if args.max_steps > 0 else len(loader)
-        schedule = optim.schedule(
-            args.lr_scheduler_type, args.learning_rate, total_steps=total_steps, warmup_steps=self._warmup(total_steps)
-        )
-        tx = optim.optimizer(
-            args.optim,
-            schedule,
-            b1=args.adam_beta1,
-            b2=args.adam_beta2,
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-            max_grad_norm=args.max_grad_norm,
-        )
+        job = self._job(loader, total_steps)
+        args.schedule(total_steps)  # refuses a kind that it does not know
+        evaluate_at_all = args.eval_strategy != "no" and self.eval_dataset is not None
+        if evaluate_at_all:
+            _ = self._eval_loader
+        prepare_output_dir(args.output_dir, overwrite=args.overwrite_output_dir or args.resumes)
         self._announce(loader, examples[0], total_steps)
-        loss, batches = self._loss(loader)
-        return trainer.run(
-            self.model.decoder,
-            loss,
-            tx,
-            batches,
-            total_steps=total_steps,
-            schedule=schedule,
-            output_dir=output_dir,
-            logging_steps=args.logging_steps,
-            callbacks=self.callbacks,
-            memory_budget_gib=args.memory_budget_gib,
-        )
+        return trainer.run(job, args)
 
     def evaluate(self, dataset: Rows | None = None) -> dict[str, float]:
         """{"eval_loss": nats per target token, "eval_tokens": target tokens} of `dataset` (or eval_dataset)."""
-        rows = self._eval_dataset if dataset is None else dataset
-        loader = self._loader(self._examples(rows, "eval_dataset"), epochs=1)
-        graphdef, params = nnx.split(self.model.decoder)
-        total = weight = 0.0
-        for batch in console.track(loader, "evaluating", len(loader)):
-            loss, count = _evaluate(graphdef, params, batch)
-            total, weight = total + float(loss), weight + float(count)
-        return {"eval_loss": total / weight, "eval_tokens": weight}
+        loader = self._eval_loader if dataset is None else self._make_eval_loader(dataset)
+        return self._evaluated(self.model.decoder, loader)
 
-    def _examples(self, rows: Rows | None, name: str) -> list[Example]:
+    def _evaluated(self, decoder: Decoder, loader: Any) -> dict[str, float]:
+        found = evaluation.mean_loss(decoder, loader, self._loss_function)
+        return {"eval_loss": found["eval_loss"], "eval_tokens": found["eval_weight"]}
+
+    @cached_property
+    def _eval_loader(self) -> Any:
+        return self._make_eval_loader(self.eval_dataset)
+
+    def _make_eval_loader(self, rows: Rows | None) -> Any:
+        size = self.args.per_device_eval_batch_size
+        return self._loader(self._examples(rows, "eval_dataset"), epochs=1, batch_size=size, accumulation=1)
+
+    def _job(self, loader: Any, total_steps: int) -> trainer.Job:
+        lora_config = self.model.lora_config
+        dropout = bool(lora_config and lora_config.lora_dropout)
+        loss, key = self._loss_function, None
+        if dropout or self.args.neftune_noise_alpha:
+            alpha = self.args.neftune_noise_alpha
+            loss = partial(noisy_loss, loss=loss, dropout=dropout, neftune_noise_alpha=alpha)
+            key = jax.random.key(self.args.seed)
+        evaluates = self.eval_dataset is not None
+        return trainer.Job(
+            self.model.decoder,
+            loss,
+            loader,
+            total_steps,
+            loader.steps_per_epoch,
+            evaluate=(lambda decoder: self._evaluated(decoder, self._eval_loader)) if evaluates else None,
+            callbacks=self.callbacks,
+            facts={"adapter": lora_config, "base model": Path(self.model.name).name},
+            key=key,
+        )
+
+    def _examples(self, rows: Rows | None, name: str) -> list[Any]:
         if rows is None:
             raise JaxftError(name, "is missing")
-        tokenized = tokenize_rows(
-            read_rows(rows, name),
-            self._required_tokenizer(),
-            max_seq_length=self._max_seq_length,
-            assistant_only_loss=self.args.assistant_only_loss,
-            on_overlong=self.args.on_overlong,
-        )
+        if self.formatting_func is not None:
+            rows = [{"text": self.formatting_func(row)} for _, row in read_objects(rows, name)]
+        tokenized = tokenize_rows(rows, self._required_tokenizer(), self._row_settings, name)
         check_vocabulary(tokenized.examples, self.model.decoder.config.vocab_size)
         console.console.print(f"{name}: {tokenized}", soft_wrap=True)
         return tokenized.examples
@@ -195,54 +179,42 @@ class SFTTrainer:
         return self.tokenizer
 
     @property
+    def _row_settings(self) -> RowSettings:
+        args = self.args
+        return RowSettings(
+            self._max_seq_length,
+            args.assistant_only_loss,
+            args.on_overlong,
+            args.on_bad_row,
+            args.dataset_text_field,
+            self.response_markers,
+        )
+
+    @property
     def _max_seq_length(self) -> int:
         return self.args.max_seq_length or self.model.max_seq_length
 
-    def _loader(self, examples: Sequence[Example], epochs: int) -> BatchLoader:
+    def _loader(
+        self, examples: Sequence[Any], epochs: int, batch_size: int | None = None, accumulation: int | None = None
+    ) -> Any:
         args = self.args
         return BatchLoader(
             examples,
-            batch_size=args.per_device_train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
+            batch_size=batch_size or args.per_device_train_batch_size,
+            accumulation=accumulation or args.gradient_accumulation_steps,
             max_seq_length=self._max_seq_length,
             packing=args.packing,
             seed=args.seed,
             epochs=epochs,
         )
 
-    def _warmup(self, total_steps: int) -> int:
-        return self.args.warmup_steps or math.ceil(self.args.warmup_ratio * total_steps)
-
-    def _loss(self, loader: BatchLoader | Any) -> tuple[Any, Iterable[Any]]:
-        """The loss, and the batches that it takes: with a key for each micro-batch where there is dropout."""
-        if not (self.model.lora_config and self.model.lora_config.lora_dropout):
-            return self._loss_function, loader
-        key = jax.random.key(self.args.seed)
-
-        def with_keys() -> Iterator[_Micro]:
-            for step, batch in enumerate(loader):
-                yield _Micro(batch, jax.random.split(jax.random.fold_in(key, step), loader.shape[0]))
-
-        loss = self._loss_function
-        return (lambda decoder, micro: loss(decoder, micro.batch, dropout_key=micro.dropout_key)), with_keys()
-
     @property
     def _loss_function(self) -> Any:
         """(decoder, batch, dropout_key) -> (sum, weight, metrics)."""
         return losses.sft
 
-    def _announce(self, loader: BatchLoader | Any, example: Example, total_steps: int) -> None:
-        accumulation, rows = loader.shape
-        trainable = self.model.trainable_parameters()
-        facts = {
-            "steps": total_steps,
-            "rows x tokens a step": f"{accumulation} x {rows} x {loader.max_seq_length}",
-            "one epoch": str(loader.report),
-            "trainable parameters": f"{trainable:,}",
-            "remat": self.model.decoder.remat,
-            "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
-        }
-        console.console.print(console.table("fine-tuning", ("what", "value"), facts.items()))
+    def _announce(self, loader: Any, example: Example, total_steps: int) -> None:
+        console.console.print(reporting.start_table(self.model.decoder, self.args, loader, total_steps))
         console.console.print(
             "first row, trained tokens coloured:", preview(example, self._required_tokenizer()), soft_wrap=True
         )
@@ -257,15 +229,3 @@ def check_vocabulary(examples: Sequence[Example], vocab_size: int) -> None:
                 f"has the token id {example.tokens.max()}, and the model has only {vocab_size} embeddings",
                 "Use the tokenizer that belongs to the model",
             )
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def _evaluate(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Loss sum and weight of a batch [A, B, T]."""
-    decoder = nnx.merge(graphdef, params)
-
-    def one(carry: tuple[jax.Array, jax.Array], micro: Batch) -> tuple[tuple[jax.Array, jax.Array], None]:
-        total, weight, _ = losses.sft(decoder, micro)
-        return (carry[0] + total, carry[1] + weight), None
-
-    return jax.lax.scan(one, (jnp.float32(0), jnp.float32(0)), batch)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,7 +52,8 @@ def make_train_step(
       step(trainable, frozen, opt_state, batch): every leaf of `batch` has a leading [A], the micro-batches that are
       accumulated. The gradient is that of (sum of sums) / (sum of weights). metrics: "loss" (that quotient), "weight",
       "grad_norm" (before clipping), and what `loss` reported: sums, and the quotients of its (sum, weight) pairs;
-      float32 scalars on the device.
+      float32 scalars on the device. And "finite", bool: whether loss and gradient are; where they are not, trainable
+      and opt_state come back as they were.
     """
 
     def loss_sum(trainable: nnx.State, frozen: nnx.State, micro: Any) -> tuple[jax.Array, Any]:
@@ -74,10 +76,13 @@ def make_train_step(
         grads = jax.tree.map(lambda g: (g / weight.astype(g.dtype)).astype(g.dtype), grads)
         # optax mixes its int32 step count with floats: leave that to it, also where the caller promotes strictly.
         with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = tx.update(grads, opt_state, trainable)
-            trainable = optax.apply_updates(trainable, updates)
+            updates, new_state = tx.update(grads, opt_state, trainable)
+            new = (optax.apply_updates(trainable, updates), new_state)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
+        trainable, opt_state = jax.tree.map(partial(jnp.where, finite), new, (trainable, opt_state))
         reported = {name: _quotient(*x) if isinstance(x, tuple) else x for name, x in sums.items()}
-        metrics = {**reported, "loss": sums["loss"] / weight, "grad_norm": optax.tree.norm(grads)}
+        metrics = {**reported, "loss": sums["loss"] / weight, "grad_norm": grad_norm, "finite": finite}
         return trainable, opt_state, metrics
 
     return jax.jit(step, donate_argnums=(0, 2), compiler_options=_compiler_options(remat))
