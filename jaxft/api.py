@@ -269,13 +269,17 @@ class LanguageModel:
 
     def _adapter(self, make: Callable[..., tuple[lora.LoraConfig, dict[str, np.ndarray]]] = lora.to_save) -> Adapter:
         """The adapter as `make` gives it, of (decoder, lora_config)."""
+        from converters.archs import arch_of
         from converters.peft_io import make_adapter
+        from converters.peft_layout import to_hf
 
         if self.lora_config is None:
             raise JaxftError(
                 "save_pretrained", "the model has no adapter", "Call FastLanguageModel.get_peft_model first"
             )
-        return make_adapter(*make(self.decoder, self.lora_config), base_model_name_or_path=self.name)
+        adapter = make_adapter(*make(self.decoder, self.lora_config), base_model_name_or_path=self.name)
+        spec = arch_of(self.source.config["model_type"], self.name)
+        return to_hf(adapter, spec.tensors(self.decoder.config), spec.layout)
 
     def _merged(self, base: BaseWeights | str) -> Checkpoint:
         from converters.merge import DecoderCheckpoint, MergedCheckpoint
@@ -480,9 +484,20 @@ def check_gguf_quantizations(methods: Sequence[str]) -> None:
         check_quantization(method)
 
 
-def _load_adapter(model: LanguageModel, adapter: Adapter) -> None:
-    from converters.peft_io import lora_config_of
+def supported_models() -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
+    """Column titles and rows of the supported architectures, and the same as a Markdown table."""
+    from converters.archs import models_markdown, models_table
 
+    return *models_table(), models_markdown()
+
+
+def _load_adapter(model: LanguageModel, adapter: Adapter) -> None:
+    from converters.archs import arch_of
+    from converters.peft_io import lora_config_of
+    from converters.peft_layout import to_decoder
+
+    spec = arch_of(model.source.config["model_type"], model.name)
+    adapter = to_decoder(adapter, spec.tensors(model.decoder.config), spec.layout)
     config = lora_config_of(adapter)
     lora.attach(model.decoder, config, key=jax.random.key(0))
     lora.load_adapter_tensors(model.decoder, adapter.tensors)

@@ -109,6 +109,7 @@ MUTATED_METADATA = {
     "huge_depth": ({"llama.block_count": 2**32 - 1}, "num_hidden_layers 4294967295, but no tensor is that large"),
     "huge_width": ({"llama.feed_forward_length": 2**31}, "intermediate_size 2147483648, but no tensor"),
     "partial_rotary": ({"llama.rope.dimension_count": 8}, "rope.dimension_count: the value 8 is not supported"),
+    "ntk": ({"llama.rope.scaling.type": "ntk"}, "rope.scaling.type: the value 'ntk' is not supported"),
     "yarn": ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.factor: is missing"),
     "no_factor": ({"llama.rope.scaling.type": "linear"}, "rope.scaling.factor: is missing"),
     "bad_eos": ({"tokenizer.ggml.eos_token_id": 5000}, "eos_token_id: must be the id of one of the"),

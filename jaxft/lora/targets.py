@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from jaxft.errors import JaxftError
-from jaxft.lora.config import EVERY_LINEAR, LoraConfig, matches
+from jaxft.lora.config import ALL_LINEAR, EVERY_LINEAR, LoraConfig, matches
 from jaxft.models.decoder import Decoder
 from jaxft.models.layers import Embedding, Linear
 from jaxft.models.params import LAYERS, hf_names
@@ -66,7 +66,10 @@ def linears(decoder: Decoder) -> dict[str, Linear]:
 
 
 def resolved(decoder: Decoder, config: LoraConfig) -> LoraConfig:
-    """`config` with the names of the linears in the place of "all-linear"."""
+    """`config` with the names of the linears in the place of "all-linear"; of ALL_LINEAR, those that there are."""
+    if config.target_modules == ALL_LINEAR:
+        there = {path.rsplit(".", 1)[1] for path in linears(decoder)}
+        return dataclasses.replace(config, target_modules=tuple(name for name in ALL_LINEAR if name in there))
     if config.target_modules not in (EVERY_LINEAR, (EVERY_LINEAR,)):  # on a command line names come as a list
         return config
     names = dict.fromkeys(path.rsplit(".", 1)[1] for path in linears(decoder))
