@@ -92,12 +92,11 @@ def attach(decoder: Decoder, config: LoraConfig, *, key: jax.Array, dtype: DType
     modules = targets(decoder, config.target_modules)
     if any(module.lora_A is not None for module in linears(decoder).values()):
         raise JaxftError("get_peft_model", "the model has an adapter already", "Load the base model again")
-    n_layers = decoder.config.num_hidden_layers
     for module, module_key in zip(modules.values(), jax.random.split(key, len(modules)), strict=True):
         bound = 1.0 / math.sqrt(module.in_features)
-        shape = (n_layers, config.r, module.in_features)
+        shape = (*module.stack, config.r, module.in_features)
         module.lora_A = nnx.LoRAParam(jax.random.uniform(module_key, shape, dtype, -bound, bound))
-        module.lora_B = nnx.LoRAParam(jnp.zeros((n_layers, module.out_features, config.r), dtype))
+        module.lora_B = nnx.LoRAParam(jnp.zeros((*module.stack, module.out_features, config.r), dtype))
         module.lora_scale = config.scale
         module.lora_dropout = config.lora_dropout
     set_trainable(decoder, {"lora"})
@@ -118,8 +117,9 @@ def adapter_tensors(decoder: Decoder) -> dict[str, np.ndarray]:
         for part in ("lora_A", "lora_B"):
             variable = getattr(module, part)
             if variable is not None:
-                names = hf_names((*path.split("."), part, "weight"), decoder.config.num_hidden_layers)
-                found |= dict(zip(names, map(np.asarray, unstack(variable.get_value())), strict=True))
+                names = hf_names((*path.split("."), part, "weight"), decoder.config)
+                values = unstack(np.asarray(variable.get_value()), len(module.stack))
+                found |= dict(zip(names, values, strict=True))
     return found
 
 
@@ -143,9 +143,10 @@ def load_adapter_tensors(decoder: Decoder, tensors: Mapping[str, np.ndarray]) ->
         for part in ("lora_A", "lora_B"):
             variable = getattr(module, part)
             if variable is not None:
-                names = hf_names((*path.split("."), part, "weight"), decoder.config.num_hidden_layers)
+                names = hf_names((*path.split("."), part, "weight"), decoder.config)
                 dtype = variable.get_value().dtype
-                variable.set_value(stack([jnp.asarray(tensors[name], dtype) for name in names]))
+                values = [jnp.asarray(tensors[name], dtype) for name in names]
+                variable.set_value(stack(values, module.stack))
 
 
 def optimizer_mask(params: nnx.State) -> Any:

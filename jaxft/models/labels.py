@@ -10,8 +10,8 @@ from flax import nnx
 
 from jaxft.errors import JaxftError
 
-Kind = Literal["lora", "norm", "embedding", "head", "base"]
-KINDS: tuple[Kind, ...] = ("lora", "norm", "embedding", "head", "base")
+Kind = Literal["lora", "norm", "embedding", "head", "router", "base"]
+KINDS: tuple[Kind, ...] = ("lora", "norm", "embedding", "head", "router", "base")
 
 
 def kind_of(path: tuple[Any, ...], variable: nnx.Variable) -> Kind:
@@ -23,6 +23,8 @@ def kind_of(path: tuple[Any, ...], variable: nnx.Variable) -> Kind:
         return "norm"
     if "embed_tokens" in names:
         return "embedding"
+    if "gate" in names:
+        return "router"
     return "head" if "lm_head" in names else "base"
 
 
@@ -50,6 +52,11 @@ def set_trainable(decoder: nnx.Module, kinds: Collection[Kind]) -> None:
             name = ".".join(map(str, path))
             raise JaxftError(name, "is quantized and cannot train", "Load with load_in_4bit=False to train the base")
         variable.set_metadata(trainable=trains)
+
+
+def trains(decoder: nnx.Module, kind: Kind) -> bool:
+    """Whether a parameter of this kind trains."""
+    return any(is_trainable(path, v) and kind_of(path, v) == kind for path, v in nnx.iter_graph(decoder))
 
 
 def split(decoder: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

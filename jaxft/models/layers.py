@@ -15,14 +15,15 @@ import pallas_kernels as pk
 from jaxft.quant import QTensor
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """Random weights of standard deviation 0.02."""
     return (0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerView:
-    """One layer of a frozen stack of weights [L, out, in], read where it is used.
+    """One layer of a frozen stack of weights [L, out, in] or [L, E, out, in], read where it is used.
 
     It has the `dequantize` of a QTensor, so a linear saves the stack and the index for its backward pass, which a scan
     over layers shares, instead of a slice, which it would copy once a layer.
@@ -32,7 +33,7 @@ class LayerView:
     layer: jax.Array
 
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
-        """The layer's weight [out, in] in `dtype`."""
+        """The layer's weight, [out, in] or [E, out, in], in `dtype`."""
         return jax.lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False).astype(dtype)
 
 
@@ -43,7 +44,7 @@ def at_layer(frozen: nnx.State, layer: jax.Array) -> nnx.State:
         value = variable.get_value()
         if isinstance(value, QTensor):
             return variable.replace(value.at_layer(layer))
-        if value.ndim == 3:
+        if path[-1] == "weight" and str(path[-2]).endswith("_proj"):
             return variable.replace(LayerView(value, layer))
         return variable.replace(jax.lax.dynamic_index_in_dim(value, layer, keepdims=False))
 
@@ -53,7 +54,7 @@ def at_layer(frozen: nnx.State, layer: jax.Array) -> nnx.State:
 class Linear(nnx.Module):
     """y = x W^T + b, plus scale * (x A^T) B^T once `jaxft.lora.attach` has added the pair.
 
-    `weight` [out, in] is an array or a QTensor; a stack of layers has a leading [L] on every parameter.
+    `weight` [out, in] is an array or a QTensor; a stack of layers has a leading [L] on every parameter (`stack`).
     """
 
     def __init__(
@@ -70,7 +71,8 @@ class Linear(nnx.Module):
         self.name = name
         self.in_features = in_features
         self.out_features = out_features
-        self.weight = nnx.Param(_normal(rngs, (*stack, out_features, in_features), dtype))
+        self.stack = stack
+        self.weight = nnx.Param(normal(rngs, (*stack, out_features, in_features), dtype))
         self.bias = nnx.data(nnx.Param(jnp.zeros((*stack, out_features), dtype)) if bias else None)
         self.lora_A: nnx.LoRAParam | None = nnx.data(None)
         self.lora_B: nnx.LoRAParam | None = nnx.data(None)
@@ -91,6 +93,29 @@ class Linear(nnx.Module):
             scale=self.lora_scale,
             dropout_key=dropout_key,
         )
+
+
+class ExpertLinear(Linear):
+    """E linears side by side, of which each row of x goes through one.
+
+    Every parameter has a leading [E], behind the [L] of a stack of layers. The adapters are split, too: for each expert
+    (x A^T) B^T, never W + B A.
+    """
+
+    def __call__(self, x: jax.Array, group_sizes: jax.Array, row_scale: jax.Array | None = None) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """x [M, in] -> [M, out], sorted by expert: int32 [E] rows for each; rows beyond them give zeros.
+
+        Args:
+          row_scale: float32 [M, 1], what x was multiplied by: the bias is multiplied by it, too.
+        """
+        weight, bias, lora_A, lora_B, scale, _ = self.parameters()
+        y = pk.grouped_matmul(x, weight, group_sizes, lora_A, lora_B, scale=scale)
+        if bias is None:
+            return y
+        ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+        expert = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=jnp.int32), side="right")
+        bias = jnp.take(bias, expert, axis=0, mode="fill", fill_value=0).astype(jnp.float32)
+        return (y + (bias if row_scale is None else bias * row_scale)).astype(x.dtype)
 
 
 def dropout_rate(*linears: Linear) -> float:
@@ -117,7 +142,7 @@ class Embedding(nnx.Module):
     """Rows of `weight` [V, D] by token id."""
 
     def __init__(self, vocab_size: int, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.weight = nnx.Param(_normal(rngs, (vocab_size, features), dtype))
+        self.weight = nnx.Param(normal(rngs, (vocab_size, features), dtype))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         return jnp.take(self.weight.get_value(), tokens, axis=0)

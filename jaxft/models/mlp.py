@@ -14,8 +14,16 @@ from jaxft.models.layers import Linear, dropout_rate
 class MLP(nnx.Module):
     """Gated linear unit (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: DecoderConfig, *, stack: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    def __init__(
+        self,
+        config: DecoderConfig,
+        intermediate_size: int | None = None,
+        *,
+        stack: tuple[int, ...],
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        d, f, bias = config.hidden_size, intermediate_size or config.intermediate_size, config.mlp_bias
         self.activation = config.hidden_act
         self.gate_proj = Linear("gate_proj", d, f, bias=bias, stack=stack, dtype=dtype, rngs=rngs)
         self.up_proj = Linear("up_proj", d, f, bias=bias, stack=stack, dtype=dtype, rngs=rngs)
