@@ -13,9 +13,11 @@ from flax import nnx
 from converters.archs import arch_of
 from jaxft import lora
 from jaxft.data.batch import Batch, Example, lay_out
+from jaxft.models import labels
+from jaxft.models.attention import KVCache
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
-from jaxft.models.params import build_decoder
+from jaxft.models.params import LAYERS, build_decoder, hf_names
 from llama_cases import ALPHA, RANK, adapter
 from tiny import hf_config, random_tensors
 
@@ -73,10 +75,47 @@ def batch_of(examples: list[Example], rows: list[list[int]], length: int, accumu
     return Batch(*(array.reshape(accumulation, -1, length) for array in batch))
 
 
+def plain_examples(tokens: np.ndarray) -> list[Example]:
+    """Each row a document of which every next token is a target."""
+    return [Example(f"row {i}", row.astype(np.int32), np.ones(len(row), bool)) for i, row in enumerate(tokens)]
+
+
 def plain_batch(tokens: np.ndarray) -> Batch:
     """[1, B, T]: each row one document, every next token a target."""
-    examples = [Example(f"row {i}", row.astype(np.int32), np.ones(len(row), bool)) for i, row in enumerate(tokens)]
-    return batch_of(examples, [[i] for i in range(len(examples))], tokens.shape[1])
+    return batch_of(plain_examples(tokens), [[i] for i in range(len(tokens))], tokens.shape[1])
+
+
+def train_everything(decoder: Decoder) -> Decoder:
+    """`decoder` with all its parameters trainable."""
+    kinds = {labels.kind_of(path, variable) for path, variable in nnx.to_flat_state(nnx.state(decoder))}
+    labels.set_trainable(decoder, kinds)
+    return decoder
+
+
+def hf_gradients(gradients: nnx.State, hf: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Gradients of a decoder's parameters under the names of the HF checkpoint."""
+    config = decoder_config(hf)
+    found: dict[str, np.ndarray] = {}
+    for path, variable in nnx.to_flat_state(gradients):
+        value = np.asarray(variable.get_value())
+        names = hf_names(path, config.num_hidden_layers)
+        found |= dict(zip(names, value if LAYERS in path else [value], strict=True))
+    return found
+
+
+def through_cache(decoder: Decoder, tokens: jax.Array, prefill: int) -> jax.Array:
+    """Hidden states of a prefill of `prefill` tokens followed by steps of one."""
+    batch, length = tokens.shape
+    graphdef, params = nnx.split(decoder)
+    extend = jax.jit(lambda params, *args: nnx.merge(graphdef, params).extend(*args))
+    cache = KVCache.zeros(decoder.config, batch, length, jnp.float32)
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+    lengths = jnp.full(batch, length, jnp.int32)
+    parts = []
+    for start, stop in [(0, prefill), *((i, i + 1) for i in range(prefill, length))]:
+        hidden, cache = extend(params, tokens[:, start:stop], positions[:, start:stop], cache, lengths)
+        parts.append(hidden)
+    return jnp.concatenate(parts, axis=1)
 
 
 def relative_l2(ours: Any, reference: Any) -> float:

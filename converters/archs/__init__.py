@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from converters.archs.base import ArchSpec
 from converters.archs.llama import LLAMA
+from converters.archs.mistral import MISTRAL
+from converters.archs.qwen2 import QWEN2
 from jaxft.errors import JaxftError
 
-ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in (LLAMA,)}
+ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in (LLAMA, MISTRAL, QWEN2)}
 
 
 def arch_of(model_type: str | None, where: object) -> ArchSpec:

@@ -11,20 +11,36 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def llama(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> LlamaForCausalLM:
-    """transformers' Llama in float32 with these tensors."""
-    model = LlamaForCausalLM(LlamaConfig(**{**config, "torch_dtype": "float32"}, attn_implementation="eager"))
+def model(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
+    """transformers' own class for the config, in float32 with these tensors (all of them, and no others)."""
+    fields = {name: value for name, value in config.items() if name not in ("model_type", "architectures", "torch_dtype")}
+    fields["pad_token_id"] = None  # torch gives the row of a padding token no gradient
+    hf = AutoConfig.for_model(config["model_type"], **fields)
+    result = AutoModelForCausalLM.from_config(hf, attn_implementation="eager", dtype=torch.float32)
     state = {name: torch.from_numpy(array) for name, array in tensors.items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing, unexpected = result.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert set(missing) <= {"lm_head.weight"}, missing
-    model.tie_weights()
-    return model.float().eval()
+    result.tie_weights()
+    return result.float().eval()
+
+
+def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """float32 [B, T, V]."""
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)).logits.numpy()
+
+
+def all_gradients(model: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Gradient of `loss` for every parameter; a tied head's is part of the embedding's."""
+    model.zero_grad()
+    loss(model, tokens).backward()
+    return {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
 
 
 def with_adapter(model: Any, adapter: dict[str, np.ndarray], rank: int, alpha: float) -> Any:
@@ -75,7 +91,5 @@ def adamw_losses(model: Any, tokens: np.ndarray, steps: int, learning_rate: floa
 
 def smollm2(gguf: Path) -> Any:
     """SmolLM2 in float32 as transformers reads it from the GGUF file; ``.double()`` makes it float64."""
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     return model.eval()
