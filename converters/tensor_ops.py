@@ -46,3 +46,11 @@ class PermuteRope:
         heads = config[self.heads_field]
         parts = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
         return parts.swapaxes(1, 2).reshape(array.shape)
+
+
+# q and k of architectures that llama.cpp rotates in pairs though HF rotates halves.
+PERMUTE_QK = tuple(
+    PermuteRope(f"self_attn.{projection}.{kind}", heads)
+    for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads"))
+    for kind in ("weight", "bias")
+)

@@ -203,7 +203,7 @@ class _Batch:
             prompt = self.prompts[index]
             tokens = np.zeros(bucket(len(prompt)), np.int32)
             tokens[: len(prompt)] = prompt
-            self.prefilled = index, tokens, device.prefill(*self.model, tokens[None])
+            self.prefilled = index, tokens, device.prefill(*self.model, tokens[None], np.int32(len(prompt)))
         return self.prefilled[1:]
 
     def _make_room(self) -> None:

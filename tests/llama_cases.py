@@ -85,3 +85,9 @@ def probes(name: str, shape: tuple[int, ...], count: int = 4) -> np.ndarray:
     """float64 [count, *shape] of +-1, fixed by the leaf's name: projections on them stand in for a stored gradient."""
     seed = np.frombuffer(name.encode(), np.uint8).tolist()
     return np.random.default_rng(seed).choice([-1.0, 1.0], (count, *shape))
+
+
+def gradient_summary(name: str, gradient: np.ndarray) -> np.ndarray:
+    """float64 [5]: the gradient's norm and its projections on `probes`."""
+    values = np.asarray(gradient, np.float64)
+    return np.asarray([np.linalg.norm(values), *np.tensordot(probes(name, values.shape), values, values.ndim)])

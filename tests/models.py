@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,9 +15,11 @@ from flax import nnx
 from converters.archs import arch_of
 from jaxft import lora
 from jaxft.data.batch import Batch, Example, lay_out
+from jaxft.models import labels
+from jaxft.models.attention import KVCache
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
-from jaxft.models.params import build_decoder
+from jaxft.models.params import build_decoder, hf_names, stack_shape, unstack
 from llama_cases import ALPHA, RANK, adapter
 from tiny import hf_config, random_tensors
 
@@ -73,10 +77,57 @@ def batch_of(examples: list[Example], rows: list[list[int]], length: int, accumu
     return Batch(*(array.reshape(accumulation, -1, length) for array in batch))
 
 
+def plain_examples(tokens: np.ndarray) -> list[Example]:
+    """Each row a document of which every next token is a target."""
+    return [Example(f"row {i}", row.astype(np.int32), np.ones(len(row), bool)) for i, row in enumerate(tokens)]
+
+
 def plain_batch(tokens: np.ndarray) -> Batch:
     """[1, B, T]: each row one document, every next token a target."""
-    examples = [Example(f"row {i}", row.astype(np.int32), np.ones(len(row), bool)) for i, row in enumerate(tokens)]
-    return batch_of(examples, [[i] for i in range(len(examples))], tokens.shape[1])
+    return batch_of(plain_examples(tokens), [[i] for i in range(len(tokens))], tokens.shape[1])
+
+
+def train_everything(decoder: Decoder) -> Decoder:
+    """`decoder` with all its parameters trainable."""
+    kinds = {labels.kind_of(path, variable) for path, variable in nnx.to_flat_state(nnx.state(decoder))}
+    labels.set_trainable(decoder, kinds)
+    return decoder
+
+
+def hf_gradients(gradients: nnx.State, hf: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Gradients of a decoder's parameters under the names of the HF checkpoint."""
+    config = decoder_config(hf)
+    found: dict[str, np.ndarray] = {}
+    for path, variable in nnx.to_flat_state(gradients):
+        values = unstack(np.asarray(variable.get_value()), len(stack_shape(path, config)))
+        found |= dict(zip(hf_names(path, config), values, strict=True))
+    return found
+
+
+def cheaply_compiled(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function` for these arguments' shapes, hardly optimized: tiny models compile longer than they run."""
+    return jax.jit(function).lower(*arguments).compile({"xla_backend_optimization_level": 0})
+
+
+def through_cache(decoder: Decoder, tokens: jax.Array, prefill: int) -> jax.Array:
+    """Hidden states of a prefill of `prefill` tokens followed by steps of one."""
+    batch, length = tokens.shape
+    graphdef, params = nnx.split(decoder)
+
+    @functools.cache
+    def extend(length: int) -> Any:
+        """The program for so many tokens."""
+        shapes = (params, tokens[:, :length], positions[:, :length], cache, lengths)
+        return cheaply_compiled(lambda params, *args: nnx.merge(graphdef, params).extend(*args), *shapes)
+
+    cache = KVCache.zeros(decoder.config, batch, length, jnp.float32)
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+    lengths = jnp.full(batch, length, jnp.int32)
+    parts = []
+    for start, stop in [(0, prefill), *((i, i + 1) for i in range(prefill, length))]:
+        hidden, cache = extend(stop - start)(params, tokens[:, start:stop], positions[:, start:stop], cache, lengths)
+        parts.append(hidden)
+    return jnp.concatenate(parts, axis=1)
 
 
 def relative_l2(ours: Any, reference: Any) -> float:

@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 from jaxft.data.batch import lay_out
 from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig, LayerFacts, RopeConfig
-from jaxft.models.decoder import Decoder, KVCache, Segment, segment_positions, segments
+from jaxft.models.decoder import Decoder, Segment, segment_positions, segments
 from jaxft.models.remat import LayerPolicy
 from jaxft.models.rope import inverse_frequencies
 from llama_cases import CASES, FIRST, OTHERS, case_config, case_tokens
-from models import decoder_of, hidden_states, random_examples
+from models import decoder_of, hidden_states, random_examples, through_cache
 from tiny import hf_config, random_tensors
 
 VECTORS = Path(__file__).parent / "vectors" / "llama.safetensors"
@@ -117,7 +117,7 @@ def with_windows(pattern: str) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=len(pattern), num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, max_position_embeddings=64, sliding_window=4,
-        layer_types=tuple(kinds[letter] for letter in pattern), qk_norm=True,
+        layer_types=tuple(kinds[letter] for letter in pattern), qk_norm="head",
     )  # fmt: skip
 
 
@@ -169,20 +169,6 @@ def test_cached_steps_equal_the_whole_forward(case):
     np.testing.assert_allclose(
         through_cache(decoder, tokens, prefill=5), hidden_states(decoder, tokens), atol=2e-5, rtol=2e-5
     )
-
-
-def through_cache(decoder: Decoder, tokens: jax.Array, prefill: int) -> jax.Array:
-    """Hidden states of a prefill of `prefill` tokens followed by steps of one."""
-    batch, length = tokens.shape
-    graphdef, params = nnx.split(decoder)
-    extend = jax.jit(lambda params, *args: nnx.merge(graphdef, params).extend(*args))
-    cache = KVCache.zeros(decoder.config, batch, length, jnp.float32)
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
-    parts = []
-    for start, stop in [(0, prefill), *((i, i + 1) for i in range(prefill, length))]:
-        hidden, cache = extend(params, tokens[:, start:stop], positions[:, start:stop], cache)
-        parts.append(hidden)
-    return jnp.concatenate(parts, axis=1)
 
 
 def test_llama3_rope_blends_between_the_bands():

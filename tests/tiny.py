@@ -1,8 +1,9 @@
-"""A random tiny llama as a Hugging Face folder: config.json, model.safetensors and a byte-level BPE tokenizer."""
+"""A random tiny model as a Hugging Face folder: config.json, model.safetensors and a byte-level BPE tokenizer."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import ml_dtypes  # noqa: F401 - gives numpy its bfloat16
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from converters.archs import arch_of
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -51,43 +54,32 @@ def hf_config(dtype: str = "float32", **overrides: Any) -> dict[str, Any]:
     }
 
 
+# The order in which `random_tensors` draws: by the first of these words that a name holds.
+_ORDER = "embed input_layernorm q_proj k_proj v_proj o_proj gate_proj up_proj down_proj norm lm_head".split()  # noqa: SIM905
+
+
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """HF name -> shape of every tensor of a llama with this config."""
-    hidden, mlp = config["hidden_size"], config["intermediate_size"]
-    q, kv = (config[f"num_{part}_heads"] * config["head_dim"] for part in ("attention", "key_value"))
-    linears = {
-        "self_attn.q_proj": (q, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, q),
-        "mlp.gate_proj": (mlp, hidden),
-        "mlp.up_proj": (mlp, hidden),
-        "mlp.down_proj": (hidden, mlp),
-    }
-    with_bias = {"self_attn": config["attention_bias"], "mlp": config["mlp_bias"]}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        for name, shape in linears.items():
-            shapes[f"{prefix}{name}.weight"] = shape
-            if with_bias[name.split(".")[0]]:
-                shapes[f"{prefix}{name}.bias"] = shape[:1]
-        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-    shapes["model.norm.weight"] = (hidden,)
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
-    return shapes
+    """HF name -> shape of every tensor of a model with this config, layer by layer."""
+
+    def place(name: str) -> tuple:
+        layer = re.search(r"layers\.(\d+)\.", name)
+        number = int(layer.group(1)) if layer else -1 if "embed" in name else 10**9
+        word = next((i for i, word in enumerate(_ORDER) if word in name), len(_ORDER))
+        return number, word, name.rpartition(".")[0], not name.endswith("weight")
+
+    shapes = arch_of(config["model_type"], "test").hf_tensors(config, "test")
+    return {name: shapes[name] for name in sorted(shapes, key=place)}
 
 
 def random_tensors(config: dict[str, Any], dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
     """Weights from N(0, 1/in), norms near 1, biases near 0: activations stay near 1 through the layers."""
     rng = np.random.default_rng(seed)
+    offset = arch_of(config["model_type"], "test").decoder_config(config, "test").norm_weight_offset
     tensors = {}
     for name, shape in tensor_shapes(config).items():
         values = rng.standard_normal(shape, dtype=np.float32)
         if name.endswith("norm.weight"):
-            values = 1 + 0.1 * values
+            values = 1 - offset + 0.1 * values
         else:
             values *= shape[-1] ** -0.5
         tensors[name] = values.astype(dtype)

@@ -12,6 +12,7 @@ import numpy as np
 from converters.tensor_ops import TensorOp
 from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig
+from jaxft.models.params import expected_tensors
 
 # Fields of config.json that say nothing about the forward pass.
 IGNORED_FIELDS = frozenset(
@@ -179,3 +180,7 @@ class ArchSpec:
         result = self.read_config(reader)
         reader.finish()
         return result
+
+    def hf_tensors(self, config: dict[str, Any], where: object) -> dict[str, tuple[int, ...]]:
+        """HF name -> shape of every tensor of a checkpoint with this HF config."""
+        return expected_tensors(self.decoder_config(config, where))

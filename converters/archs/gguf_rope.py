@@ -12,31 +12,55 @@ from typing import Any
 import numpy as np
 
 from converters.archs.base import MetadataReader
+from converters.archs.rope import yarn_mscale
 from jaxft.errors import JaxftError
 from jaxft.models.config import RopeConfig
 
 FREQUENCIES = "rope_freqs.weight"
+_BETA_FAST, _BETA_SLOW = "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"
 
 # Every Llama 3.1 to 3.3 model has these; only `factor` differs (8 or 32).
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def read_gguf_rope(reader: MetadataReader) -> dict[str, Any]:
-    """`rope_parameters` as HF's config.json has them; refuses YaRN and other scalings by name."""
+    """`rope_parameters` as HF's config.json has them; refuses other scalings by name."""
     parameters = {"rope_theta": reader.number("rope.freq_base", 10000.0)}
-    kind = reader.choice("rope.scaling.type", ("none", "linear"), "none")
+    kind = reader.choice("rope.scaling.type", ("none", "linear", "yarn"), "none")
     reader.ignore("rope.scaling.finetuned")
     if kind == "none":
         return {**parameters, "rope_type": "default"}
-    return {**parameters, "rope_type": "linear", "factor": reader.number("rope.scaling.factor")}
+    parameters |= {"rope_type": kind, "factor": reader.number("rope.scaling.factor")}
+    if kind == "yarn":
+        parameters |= {
+            "original_max_position_embeddings": reader.size("rope.scaling.original_context_length"),
+            "beta_fast": reader.number(_BETA_FAST, 32.0),
+            "beta_slow": reader.number(_BETA_SLOW, 1.0),
+        }
+    return parameters
 
 
 def write_gguf_rope(rope: RopeConfig) -> dict[str, int | float | str]:
-    """The `rope.*` keys; "llama3" has none beside its theta, see `rope_divisors`."""
-    scaling = (
-        {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.factor)} if rope.kind == "linear" else {}
-    )
-    return {**scaling, "rope.freq_base": rope.theta}
+    """The `rope.*` keys; "llama3" has none beside its theta, see `rope_divisors`.
+
+    Raises:
+      JaxftError: a YaRN whose attention factor or blend is not the paper's.
+    """
+    keys: dict[str, int | float | str] = {}
+    if rope.kind in ("linear", "yarn"):
+        keys |= {"rope.scaling.type": rope.kind, "rope.scaling.factor": float(rope.factor)}
+    if rope.kind == "yarn":
+        expected = yarn_mscale(rope.factor, 1)
+        if not rope.truncate or not math.isclose(rope.attention_factor, expected, rel_tol=1e-6):
+            raise JaxftError(
+                "config field rope_parameters",
+                f"GGUF's yarn has truncate = True and attention_factor = {expected:g}, not {rope.truncate} and "
+                f"{rope.attention_factor:g}",
+            )
+        keys |= {"rope.scaling.original_context_length": rope.original_max_position_embeddings}
+        keys |= {_BETA_FAST: float(rope.beta_fast)} if rope.beta_fast != 32 else {}
+        keys |= {_BETA_SLOW: float(rope.beta_slow)} if rope.beta_slow != 1 else {}
+    return {**keys, "rope.freq_base": rope.theta}
 
 
 def rope_divisors(rope: RopeConfig, head_dim: int) -> np.ndarray:

@@ -80,13 +80,13 @@ def _decoder(graphdef: nnx.GraphDef, params: nnx.State) -> Decoder:
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def prefill(graphdef: nnx.GraphDef, params: nnx.State, tokens: jax.Array) -> KVCache:
-    """The keys and values [L, 1, W, K, H] of a prompt int32 [1, W], padded on the right."""
+def prefill(graphdef: nnx.GraphDef, params: nnx.State, tokens: jax.Array, length: jax.Array) -> KVCache:
+    """The keys and values [L, 1, W, K, H] of a prompt int32 [1, W] of `length` tokens, padded on the right."""
     decoder = _decoder(graphdef, params)
     dtype = decoder.model.embed_tokens.weight.get_value().dtype
     rows, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
-    return decoder.extend(tokens, positions, KVCache.zeros(decoder.config, rows, width, dtype))[1]
+    return decoder.extend(tokens, positions, KVCache.zeros(decoder.config, rows, width, dtype), length[None])[1]
 
 
 @partial(jax.jit, donate_argnames="slots")

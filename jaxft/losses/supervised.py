@@ -31,5 +31,6 @@ def sft(decoder: Decoder, batch: Batch, dropout_key: jax.Array | None = None) ->
         decoder.head(),
         batch.targets.reshape(-1),
         batch.loss_mask.reshape(-1),
+        **decoder.head_settings(),
     )
     return with_experts((total, weight, {"tokens": count_tokens(batch)}), decoder, load)

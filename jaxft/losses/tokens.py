@@ -41,7 +41,7 @@ def token_log_probs(
         hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
         decoder.head(),
         batch.targets.reshape(-1),
-        logit_scale=1.0 / temperature,
+        **decoder.head_settings(temperature),
     )
     learnt = batch.loss_mask != 0
     log_prob, entropy = (jnp.where(learnt, x.reshape(learnt.shape), 0.0) for x in (log_prob, entropy))

@@ -12,20 +12,19 @@ from jax.typing import DTypeLike
 
 import pallas_kernels as pk
 from jaxft.models.config import DecoderConfig, LayerFacts
-from jaxft.models.layers import Linear, RMSNorm, dropout_rate
+from jaxft.models.layers import Linear, dropout_rate, make_norm
 
 
 class SequenceInfo(NamedTuple):
     """What attention knows of a batch beside the activations; the same for every layer.
 
     Attributes:
-      cos, sin: float32 [B, T, R/2].
+      rotations: cos and sin, float32 [B, T, R/2], of each of the config's `ropes`.
       positions: int32 [B, T].
       segment_ids: int32 [B, T], 0 for padding; None means one document a row.
     """
 
-    cos: jax.Array
-    sin: jax.Array
+    rotations: dict[str, tuple[jax.Array, jax.Array]]
     positions: jax.Array
     segment_ids: jax.Array | None
 
@@ -65,9 +64,13 @@ class Attention(nnx.Module):
         self.k_proj = linear("k_proj", c.hidden_size, c.num_key_value_heads * c.head_dim, c.qkv_bias)
         self.v_proj = linear("v_proj", c.hidden_size, c.num_key_value_heads * c.head_dim, c.qkv_bias)
         self.o_proj = linear("o_proj", c.num_attention_heads * c.head_dim, c.hidden_size, c.o_bias)
-        if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, stack=stack, dtype=dtype)
-            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, stack=stack, dtype=dtype)
+        if c.qk_norm is not None:
+            q_shape, k_shape = (_norm_shape(c, heads) for heads in (c.num_attention_heads, c.num_key_value_heads))
+            self.q_norm = make_norm(c, *q_shape, stack=stack, dtype=dtype)
+            self.k_norm = make_norm(c, *k_shape, stack=stack, dtype=dtype)
+        self.sinks = nnx.data(None)
+        if c.attention_sinks:
+            self.sinks = nnx.data(nnx.Param(jnp.zeros((*stack, c.num_attention_heads), dtype)))
 
     def __call__(
         self,
@@ -85,12 +88,20 @@ class Attention(nnx.Module):
         q, k, v = pk.lora_qkv(
             x_BTD, *(p.parameters(dropout_key) for p in projections), dropout=dropout_rate(*projections)
         )
+        if c.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
         q_BTNH = self._heads(q, c.num_attention_heads)
         k_BTKH, v_BTKH = self._heads(k, c.num_key_value_heads), self._heads(v, c.num_key_value_heads)
-        if c.qk_norm:
+        if c.qk_norm in ("head", "each_head"):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        q_BTNH, k_BTKH = pk.rope(q_BTNH, k_BTKH, info.cos, info.sin)
-        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+        if facts.rope is not None:
+            q_BTNH, k_BTKH = _rotate(q_BTNH, k_BTKH, info.rotations[facts.rope], c.ropes[facts.rope].interleaved)
+        settings = {
+            "scale": c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
+            "sliding_window": facts.sliding_window,
+            "soft_cap": c.attention_soft_cap,
+            "sinks": None if self.sinks is None else self.sinks.get_value(),
+        }
         if cache is not None:
             cache = cache.write(layer, k_BTKH, v_BTKH, info.positions)
         # Tokens that fill the whole cache, a prompt's, see nothing but each other.
@@ -98,20 +109,31 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH, v_BTKH = (
                 checkpoint_name(x, name) for x, name in ((q_BTNH, "q"), (k_BTKH, "k"), (v_BTKH, "v"))
             )
-            out_BTNH = pk.attention(
-                q_BTNH, k_BTKH, v_BTKH, scale=scale, segment_ids=info.segment_ids, sliding_window=facts.sliding_window
-            )
+            out_BTNH = pk.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=info.segment_ids, **settings)
         else:
-            out_BTNH = pk.cached_attention(
-                q_BTNH,
-                cache.k,
-                cache.v,
-                info.positions,
-                scale=scale,
-                layer=layer,
-                sliding_window=facts.sliding_window,
-            )
+            out_BTNH = pk.cached_attention(q_BTNH, cache.k, cache.v, info.positions, layer=layer, **settings)
         return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1), dropout_key), cache
 
     def _heads(self, x: jax.Array, heads: int) -> jax.Array:
         return x.reshape(*x.shape[:2], heads, self.config.head_dim)
+
+
+def _norm_shape(config: DecoderConfig, heads: int) -> tuple[int, ...]:
+    """Of the weights of q's or k's norm."""
+    h = config.head_dim
+    return {"head": (h,), "each_head": (heads, h), "full": (heads * h,)}[config.qk_norm or "head"]
+
+
+def _rotate(
+    q: jax.Array, k: jax.Array, rotation: tuple[jax.Array, jax.Array], interleaved: bool
+) -> tuple[jax.Array, jax.Array]:
+    """q and k by their positions. Interleaved pairs are put apart first and stay so, in q as in k: q.k is the same."""
+    cos, sin = rotation
+    if interleaved:
+        q, k = (_halves_of_pairs(x, 2 * cos.shape[-1]) for x in (q, k))
+    return pk.rope(q, k, cos, sin)
+
+
+def _halves_of_pairs(x: jax.Array, rotated: int) -> jax.Array:
+    """Values 0, 2, 4, ... of the first `rotated` ones of each head, then 1, 3, 5, ..., then the rest."""
+    return jnp.concatenate([x[..., 0:rotated:2], x[..., 1:rotated:2], x[..., rotated:]], axis=-1)

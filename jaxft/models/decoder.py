@@ -20,22 +20,42 @@ from jax.typing import DTypeLike
 from jaxft.models.attention import Attention, KVCache, SequenceInfo
 from jaxft.models.config import DecoderConfig, LayerFacts, MLPLayerType
 from jaxft.models.labels import is_trainable
-from jaxft.models.layers import Embedding, Linear, RMSNorm, at_layer
+from jaxft.models.layers import Embedding, Linear, Norm, at_layer, make_norm
 from jaxft.models.mlp import MLP
 from jaxft.models.moe import Load, MoE
-from jaxft.models.remat import LAYER_INPUT, LayerPolicy, rematerialise, spans
+from jaxft.models.remat import LAYER_INPUT, MID, LayerPolicy, rematerialise, spans
 from jaxft.models.rope import rope_tables
+from pallas_kernels.head_logits import Cap
+
+# The norms of a block by HF's names: (before attention, behind it, before the MLP, behind it).
+_NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "sandwich": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "parallel": ("input_layernorm", None, None, None),
+}
 
 
 class Block(nnx.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)); the MLP of a "sparse" one is a mixture of experts."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)); or as `norm_placement` and `parallel_block` say.
+
+    The MLP of a "sparse" one is a mixture of experts.
+    """
 
     def __init__(
         self, config: DecoderConfig, kind: MLPLayerType, *, stack: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype)
+        self.config = config
+        self.norms = _NORMS["parallel" if config.parallel_block else config.norm_placement]
+        for name in self.norms:
+            if name is not None:
+                setattr(self, name, make_norm(config, config.hidden_size, stack=stack, dtype=dtype))
         self.self_attn = Attention(config, stack=stack, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype)
         self.mlp = (MoE if kind == "sparse" else MLP)(config, stack=stack, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -49,17 +69,29 @@ class Block(nnx.Module):
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None, Load | None]:
+        before_attention, behind_attention, before_mlp, behind_mlp = map(self._norm, self.norms)
         x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
-        attended_BTD, cache = self.self_attn(
-            self.input_layernorm(x_BTD), info, facts, layer=layer, cache=cache, dropout_key=dropout_key
-        )
-        normed_BTD, x_BTD = self.post_attention_layernorm.add(attended_BTD, x_BTD)
+        normed_BTD = before_attention(x_BTD) if before_attention else x_BTD
+        attended_BTD, cache = self.self_attn(normed_BTD, info, facts, layer=layer, cache=cache, dropout_key=dropout_key)
+        attended_BTD = self._scaled(behind_attention(attended_BTD) if behind_attention else attended_BTD)
+        if before_mlp:
+            normed_BTD, x_BTD = before_mlp.add(attended_BTD, x_BTD)
+        else:
+            x_BTD = checkpoint_name(x_BTD + attended_BTD, MID)
+            normed_BTD = normed_BTD if self.config.parallel_block else x_BTD
         settings = {"recompute": policy.recomputes_mlp, "tile": policy.tile}
         if isinstance(self.mlp, MoE):
             mlp_BTD, load = self.mlp(normed_BTD, info.segment_ids, dropout_key, **settings)
         else:
             mlp_BTD, load = self.mlp(normed_BTD, dropout_key, **settings), None
-        return x_BTD + mlp_BTD, cache, load
+        return x_BTD + self._scaled(behind_mlp(mlp_BTD) if behind_mlp else mlp_BTD), cache, load
+
+    def _norm(self, name: str | None) -> Norm | None:
+        return None if name is None else getattr(self, name)
+
+    def _scaled(self, x: jax.Array) -> jax.Array:
+        multiplier = self.config.residual_multiplier
+        return x if multiplier == 1 else (x.astype(jnp.float32) * multiplier).astype(x.dtype)
 
 
 class Segment(NamedTuple):
@@ -118,7 +150,7 @@ class Model(nnx.Module):
             self.layers = Block(config, config.block_kinds[0], stack=stack, dtype=dtype, rngs=rngs)
         else:
             self.layers = Blocks(config, dtype=dtype, rngs=rngs)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, stack=(), dtype=dtype)
+        self.norm = make_norm(config, config.hidden_size, stack=(), dtype=dtype)
 
 
 class Decoder(nnx.Module):
@@ -188,15 +220,19 @@ class Decoder(nnx.Module):
         """
         if positions is None:
             positions = segment_positions(tokens, segment_ids)
-        hidden_BTD, _, load = self._run(tokens, positions, segment_ids, None, dropout_key)
+        hidden_BTD, _, load = self._run(tokens, positions, segment_ids, dropout_key=dropout_key)
         return hidden_BTD, load
 
-    def extend(self, tokens: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def extend(
+        self, tokens: jax.Array, positions: jax.Array, cache: KVCache, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache]:
         """Runs tokens int32 [B, T] at `positions` [B, T] after what `cache` holds: (hidden [B, T, D], the new cache).
 
         A query sees the slots up to its own position, so rows of different lengths need no padding on the left.
+        `lengths` int32 [B] are those of the documents, for rotations that depend on them; None: up to the last
+        position.
         """
-        hidden_BTD, new_cache, _ = self._run(tokens, positions, None, cache, None)
+        hidden_BTD, new_cache, _ = self._run(tokens, positions, None, cache=cache, lengths=lengths)
         assert new_cache is not None
         return hidden_BTD, new_cache
 
@@ -205,34 +241,60 @@ class Decoder(nnx.Module):
         module = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return module.weight.get_value()
 
+    def head_settings(self, temperature: float = 1.0) -> dict[str, Any]:
+        """What ops over the head need beside its matrix: `soft_cap` and `logit_scale`, of logits / temperature."""
+        cap = self.config.logit_soft_cap
+        return {
+            "soft_cap": None if cap is None else cap / temperature,
+            "logit_scale": self.config.logit_scale / temperature,
+        }
+
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 logits [B, T, V] of hidden states. Losses use `pallas_kernels.linear_cross_entropy` instead."""
         precision = jax.lax.Precision.HIGHEST if hidden_BTD.dtype == jnp.float32 else None
-        return jnp.einsum(
+        logits_BTV = jnp.einsum(
             "btd,vd->btv",
             hidden_BTD,
             self.head().astype(hidden_BTD.dtype),
             precision=precision,
             preferred_element_type=jnp.float32,
         )
+        return Cap(**self.head_settings()).logits(logits_BTV)
 
     def _run(
         self,
         tokens: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array | None,
-        cache: KVCache | None,
-        dropout_key: jax.Array | None,
+        *,
+        cache: KVCache | None = None,
+        lengths: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None, Load | None]:
-        cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
-        info = SequenceInfo(cos, sin, positions, segment_ids)
-        carry = (self.model.embed_tokens(tokens), cache)
+        x_BTD = self.model.embed_tokens(tokens)
+        if self.config.embedding_multiplier != 1:
+            x_BTD = x_BTD * jnp.asarray(self.config.embedding_multiplier, x_BTD.dtype)
+        info = SequenceInfo(self._rotations(positions, segment_ids, lengths), positions, segment_ids)
+        carry = (x_BTD, cache)
         loads = []
         for segment in segments(self.config, self.remat):
             carry, load = self._run_segment(segment, carry, info, dropout_key)
             loads += load
         every = jax.tree.map(lambda *parts: jnp.concatenate(parts), *loads) if loads else None
         return self.model.norm(carry[0]), carry[1], every
+
+    def _rotations(
+        self, positions: jax.Array, segment_ids: jax.Array | None, lengths: jax.Array | None
+    ) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """cos and sin of each of the config's rotations."""
+        ropes = self.config.ropes
+        if not any(rope.depends_on_length for rope in ropes.values()):
+            lengths = None
+        elif lengths is None:
+            lengths = segment_lengths(positions, segment_ids)
+        else:
+            lengths = lengths[:, None]
+        return {name: rope_tables(rope, self.config.head_dim, positions, lengths) for name, rope in ropes.items()}
 
     def _run_segment(
         self, segment: Segment, carry: tuple[jax.Array, Any], info: SequenceInfo, dropout_key: jax.Array | None
@@ -291,6 +353,16 @@ def segment_positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.A
         return index
     starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def segment_lengths(positions: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """int32 [B, T], or [B, 1] for one document a row: the last position of each token's segment, plus 1."""
+    if segment_ids is None:
+        return jnp.max(positions, axis=1, keepdims=True) + 1
+    index = jnp.broadcast_to(jnp.arange(positions.shape[1], dtype=jnp.int32), positions.shape)
+    ends = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    last = jax.lax.cummin(jnp.where(ends, index, positions.shape[1]), axis=1, reverse=True)
+    return jnp.take_along_axis(positions, last, axis=1) + 1
 
 
 def abstract_decoder(config: DecoderConfig, dtype: DTypeLike) -> Decoder:

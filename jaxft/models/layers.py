@@ -1,4 +1,4 @@
-"""The leaves of the decoder: linear (with its LoRA pair), RMSNorm, embedding. Weights stay ``[out, in]`` as in HF."""
+"""The leaves of the decoder: linear (with its LoRA pair), norms, embedding. Weights stay ``[out, in]`` as in HF."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 import pallas_kernels as pk
+from jaxft.models.config import DecoderConfig
 from jaxft.quant import QTensor
 
 
@@ -124,18 +126,62 @@ def dropout_rate(*linears: Linear) -> float:
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, features: int, eps: float, *, stack: tuple[int, ...], dtype: DTypeLike) -> None:
+    def __init__(
+        self, features: int, eps: float, *, stack: tuple[int, ...], dtype: DTypeLike, weight_offset: float = 0.0
+    ) -> None:
         self.eps = eps
-        self.weight = nnx.Param(jnp.ones((*stack, features), dtype))
+        self.weight_offset = weight_offset
+        self.weight = nnx.Param(jnp.full((*stack, features), 1 - weight_offset, dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return pk.rms_norm(x, self.weight.get_value(), eps=self.eps)
+        return pk.rms_norm(x, self.weight.get_value(), eps=self.eps, weight_offset=self.weight_offset)
 
     def add(self, x: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(the norm of x + residual, x + residual), in one pass."""
-        return pk.add_rms_norm(x, residual, self.weight.get_value(), eps=self.eps)
+        weight = self.weight.get_value()
+        return pk.add_rms_norm(x, residual, weight, eps=self.eps, weight_offset=self.weight_offset)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last axis (Ba et al. 2016, arXiv:1607.06450).
+
+    Computed in float32, returned in x's dtype. `shape` is the weight's: [features], or [heads, features] for weights of
+    each head's own.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], eps: float, *, bias: bool, stack: tuple[int, ...], dtype: DTypeLike
+    ) -> None:
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((*stack, *shape), dtype))
+        self.bias = nnx.data(nnx.Param(jnp.zeros((*stack, *shape), dtype)) if bias else None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x_f32 = x.astype(jnp.float32)
+        centred = x_f32 - jnp.mean(x_f32, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        normed = normed * jnp.broadcast_to(self.weight.get_value().astype(jnp.float32), x.shape)
+        if self.bias is not None:
+            normed = normed + jnp.broadcast_to(self.bias.get_value().astype(jnp.float32), x.shape)
+        return normed.astype(x.dtype)
+
+    def add(self, x: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(the norm of x + residual, x + residual)."""
+        total = checkpoint_name(x + residual, "mid")
+        return self(total), total
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def make_norm(config: DecoderConfig, *shape: int, stack: tuple[int, ...], dtype: DTypeLike) -> Norm:
+    """The config's kind of norm; `shape` is its weight's."""
+    if config.norm == "layer_norm":
+        return LayerNorm(shape, config.rms_norm_eps, bias=config.norm_bias, stack=stack, dtype=dtype)
+    (features,) = shape
+    return RMSNorm(features, config.rms_norm_eps, stack=stack, dtype=dtype, weight_offset=config.norm_weight_offset)
 
 
 class Embedding(nnx.Module):

@@ -24,9 +24,10 @@ import jax
 from jaxft.errors import JaxftError
 
 LAYER_INPUT = "layer_input"
+MID = "mid"  # the residual stream between attention and MLP
 AUTO = "auto"  # the trainer chooses (`jaxft.train.auto_remat`); where nothing trains it means "full"
 # In the order in which a layer makes them.
-CHECKPOINT_NAMES = (LAYER_INPUT, "q", "k", "v", "attn_out", "attn_lse", "mid", "gate", "up", "lora_low_rank")
+CHECKPOINT_NAMES = (LAYER_INPUT, "q", "k", "v", "attn_out", "attn_lse", MID, "gate", "up", "lora_low_rank")
 
 _LISTS = {"full": (), "offload": (f"{LAYER_INPUT}@host",), "all": CHECKPOINT_NAMES}
 _HOST = "@host"

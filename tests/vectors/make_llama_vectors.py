@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors.numpy import save_file
 
 from jaxft.fetch import SMOLLM2, fetch
@@ -22,7 +21,7 @@ from llama_cases import (
     adapter,
     case_config,
     case_tokens,
-    probes,
+    gradient_summary,
     smollm2_adapter,
     smollm2_tokens,
 )
@@ -39,9 +38,8 @@ def tiny_vectors() -> dict[str, np.ndarray]:
     for case in CASES:
         config = case_config(case)
         tokens = case_tokens(config)
-        model = reference.llama(config, random_tensors(config))
-        with torch.no_grad():
-            found[f"{case}/logits"] = model(torch.from_numpy(tokens)).logits.numpy()
+        model = reference.model(config, random_tensors(config))
+        found[f"{case}/logits"] = reference.logits(model, tokens)
         model = reference.with_adapter(model, adapter(config, RANK), RANK, ALPHA)
         found |= {f"{case}/grad/{name}": g for name, g in reference.gradients(model, tokens).items()}
         found[f"{case}/losses"] = np.asarray(reference.adamw_losses(model, tokens, STEPS, LEARNING_RATE))
@@ -57,10 +55,7 @@ def smollm2_vectors() -> dict[str, object]:
     model = reference.smollm2(fetch(SMOLLM2))
     model = reference.with_adapter(model, smollm2_adapter(model.config.to_dict()), 16, 16).double()
     gradients = reference.gradients(model, tokens)
-    leaves = {
-        name: [float(np.linalg.norm(g)), *np.tensordot(probes(name, g.shape), g.astype(np.float64), g.ndim).tolist()]
-        for name, g in gradients.items()
-    }
+    leaves = {name: gradient_summary(name, g).tolist() for name, g in gradients.items()}
     return {"leaves": leaves, "losses": losses}
 
 

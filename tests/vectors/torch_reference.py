@@ -5,26 +5,59 @@ SmolLM2's gradients are taken in float64: torch's own float32 is up to 2e-4 away
 
 from __future__ import annotations
 
+import copy
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def llama(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> LlamaForCausalLM:
-    """transformers' Llama in float32 with these tensors."""
-    model = LlamaForCausalLM(LlamaConfig(**{**config, "torch_dtype": "float32"}, attn_implementation="eager"))
-    state = {name: torch.from_numpy(array) for name, array in tensors.items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected, unexpected
-    assert set(missing) <= {"lm_head.weight"}, missing
-    model.tie_weights()
-    return model.float().eval()
+def model(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
+    """transformers' own class for the config, in float32 with these tensors (all of them, and no others)."""
+    with tempfile.TemporaryDirectory() as folder:
+        # torch gives the row of a padding token no gradient.
+        write_folder(Path(folder), {**config, "torch_dtype": "float32", "pad_token_id": None}, tensors)
+        result, info = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        )
+    problems = {kind: names for kind, names in info.items() if names and set(names) != {"lm_head.weight"}}
+    assert not problems, problems
+    return result.float().eval()
+
+
+def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    """A Hugging Face folder without a tokenizer."""
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """float32 [B, T, V]."""
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)).logits.numpy()
+
+
+def all_gradients(model: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Gradient of `loss` for every parameter, under its name in a checkpoint; a tied head's is in the embedding's.
+
+    What transformers holds in other shapes than it saves (experts) is saved with the gradients in its place.
+    """
+    model.zero_grad()
+    loss(model, tokens).backward()
+    values = copy.deepcopy(model)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        for parameter, of_model in zip(values.parameters(), model.parameters(), strict=True):
+            parameter.copy_(of_model.grad)
+        values.save_pretrained(folder)
+        return {name: np.array(array) for name, array in load_file(Path(folder) / "model.safetensors").items()}
 
 
 def with_adapter(model: Any, adapter: dict[str, np.ndarray], rank: int, alpha: float) -> Any:
@@ -75,7 +108,5 @@ def adamw_losses(model: Any, tokens: np.ndarray, steps: int, learning_rate: floa
 
 def smollm2(gguf: Path) -> Any:
     """SmolLM2 in float32 as transformers reads it from the GGUF file; ``.double()`` makes it float64."""
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     return model.eval()

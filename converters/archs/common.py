@@ -1,0 +1,177 @@
+"""What most families share: how config.json spells the sizes, and how GGUF does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from converters.archs.base import ConfigReader, MetadataReader
+from converters.archs.gguf_rope import read_gguf_rope, write_gguf_rope
+from converters.archs.rope import read_rope
+from jaxft.errors import JaxftError
+from jaxft.models.config import DecoderConfig, LayerType, RopeKind
+
+RMS_EPS, LAYER_NORM_EPS = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
+
+
+def read_common(
+    reader: ConfigReader,
+    *,
+    activation: str = "hidden_act",
+    eps: str = "rms_norm_eps",
+    tied: bool = False,
+    theta: float = 10000.0,
+    interleaved: bool = False,
+) -> dict[str, Any]:
+    """The fields of DecoderConfig that nearly every family has.
+
+    Args:
+      reader: of the model's config.
+      activation, eps: how the family spells those.
+      tied, theta: the family's defaults, for what its config may leave out.
+      interleaved: as of `RopeConfig`.
+    """
+    hidden, heads = reader.take("hidden_size"), reader.take("num_attention_heads")
+    longest = reader.take("max_position_embeddings")
+    reader.expect("attention_dropout", 0.0)
+    return {
+        "vocab_size": reader.take("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": reader.take("intermediate_size"),
+        "num_hidden_layers": reader.take("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": reader.take("num_key_value_heads", heads),
+        "head_dim": reader.take("head_dim", hidden // heads),
+        "max_position_embeddings": longest,
+        "hidden_act": reader.take(activation),
+        "rms_norm_eps": reader.take(eps),
+        "tie_word_embeddings": reader.take("tie_word_embeddings", tied),
+        "rope": read_rope(reader, longest, default_theta=theta, interleaved=interleaved),
+    }
+
+
+def every(layers: int, period: int) -> tuple[LayerType, ...]:
+    """Sliding attention, with full attention in every `period`-th layer."""
+    return tuple("sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers))
+
+
+def read_windows(reader: ConfigReader, layers: int, types: Sequence[LayerType] | None = None) -> dict[str, Any]:
+    """`sliding_window` and `layer_types`, which are `types` where the config lists none (None: all sliding).
+
+    Without a window no layer is a sliding one, whatever the config lists.
+    """
+    window = reader.take("sliding_window", None)
+    listed = reader.take("layer_types", None) or types or ("sliding_attention",) * layers
+    return {"sliding_window": window, "layer_types": tuple(listed)} if window else {}
+
+
+def read_optional_windows(reader: ConfigReader, layers: int, types: Sequence[LayerType]) -> dict[str, Any]:
+    """The same where `use_sliding_window` says so, and else nothing."""
+    used = reader.take("use_sliding_window", False)
+    windows = read_windows(reader, layers, types)
+    return windows if used else {}
+
+
+def read_common_gguf(
+    reader: MetadataReader,
+    *,
+    hidden_act: str = "silu",
+    activation: str = "hidden_act",
+    eps: str = "rms_norm_eps",
+    eps_key: str = RMS_EPS,
+    whole_heads: bool = True,
+) -> dict[str, Any]:
+    """The fields of an HF config that nearly every family has, from the keys of `write_common_gguf`.
+
+    Args:
+      reader: of the file's metadata.
+      hidden_act: what llama.cpp's graph of the architecture computes.
+      activation, eps: how the family's HF config spells those.
+      eps_key: the key of the norms' epsilon.
+      whole_heads: all of a head is rotated, and no other value of `rope.dimension_count` is possible.
+    """
+    hidden, heads = reader.size("embedding_length"), reader.size("attention.head_count")
+    head_dim = reader.size("attention.key_length", hidden // heads)
+    reader.expect("attention.value_length", head_dim)
+    for experts in ("expert_count", "expert_used_count"):
+        reader.expect(experts, 0)
+    reader.ignore("tensor_data_layout")
+    rope = read_gguf_rope(reader)
+    if whole_heads:
+        reader.expect("rope.dimension_count", head_dim)
+    else:
+        rope["partial_rotary_factor"] = reader.size("rope.dimension_count", head_dim) / head_dim
+    return {
+        "vocab_size": reader.size("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": reader.size("feed_forward_length"),
+        "num_hidden_layers": reader.size("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": reader.size("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        activation: hidden_act,
+        "max_position_embeddings": reader.size("context_length"),
+        eps: reader.number(eps_key),
+        "rope_parameters": rope,
+        "tie_word_embeddings": "output.weight" not in reader.tensors,
+    }
+
+
+# What the keys of `write_common_gguf`, or the tensors that are there, say of any architecture.
+_SAID = frozenset(
+    """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    max_position_embeddings rms_norm_eps tie_word_embeddings sliding_window rope""".split()  # noqa: SIM905
+)
+
+
+def write_common_gguf(
+    config: DecoderConfig,
+    *,
+    eps_key: str = RMS_EPS,
+    said: Sequence[str] = (),
+    whole_heads: bool = True,
+    interleaved: bool = False,
+    rope_kinds: Sequence[RopeKind] = ("default", "linear", "llama3", "yarn"),
+    **graph: Any,
+) -> dict[str, int | float | str]:
+    """The keys that nearly every architecture has, after a check that GGUF can say everything else, too.
+
+    Args:
+      config: the decoder's facts.
+      eps_key: as of `read_common_gguf`.
+      said: fields of the config that the architecture's own keys, or its tensors, say.
+      whole_heads, interleaved, rope_kinds: what llama.cpp's graph of the architecture can rotate.
+      **graph: the values of fields that it fixes; other fields must have DecoderConfig's default.
+
+    Raises:
+      JaxftError: a field that llama.cpp's graph of the architecture does not have.
+    """
+    fixed = {"layer_types": ("full_attention",) * config.num_hidden_layers, **graph}
+    for field in dataclasses.fields(config):
+        if field.name not in _SAID and field.name not in said:
+            _check(field.name, getattr(config, field.name), (fixed.get(field.name, field.default),))
+    _check("rope_type", config.rope.kind, rope_kinds)
+    _check("interleaved rotation", config.rope.interleaved, (interleaved,))
+    if whole_heads:
+        _check("partial_rotary_factor", config.rope.partial_rotary_factor, (1.0,))
+    return {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        **write_gguf_rope(config.rope),
+        eps_key: config.rms_norm_eps,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "rope.dimension_count": config.rope.rotated(config.head_dim),
+    }
+
+
+def _check(name: str, value: Any, supported: Sequence[Any]) -> None:
+    if value not in supported:
+        only = " or ".join(map(repr, supported))
+        raise JaxftError(f"config field {name}", f"this GGUF architecture cannot say {value!r} (only {only})")

@@ -1,0 +1,28 @@
+"""Mistral 7B, Mistral Nemo and Mistral Small (text): https://huggingface.co/docs/transformers/model_doc/mistral
+
+GGUF has no architecture of this name: llama.cpp's converter writes "llama", and so do we. A window is refused there.
+"""
+
+from __future__ import annotations
+
+from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
+from converters.archs.common import read_common, read_common_gguf, read_windows, write_common_gguf
+from converters.tensor_ops import PERMUTE_QK
+from jaxft.models.config import DecoderConfig
+
+
+def _read_config(reader: ConfigReader) -> DecoderConfig:
+    fields = read_common(reader)
+    return DecoderConfig(**fields, **read_windows(reader, fields["num_hidden_layers"]))
+
+
+def _read_gguf(reader: MetadataReader) -> dict:
+    return read_common_gguf(reader)
+
+
+MISTRAL = ArchSpec(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    read_config=_read_config,
+    gguf=GGUFArch("llama", _read_gguf, write_common_gguf, PERMUTE_QK),
+)
