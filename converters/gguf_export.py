@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import yaml
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
 from converters.archs import arch_of
-from converters.archs.base import GGUFArch
+from converters.archs.base import ArchSpec, GGUFArch
 from converters.archs.gguf_rope import FREQUENCIES, rope_divisors
 from converters.checkpoint import Checkpoint
 from converters.gguf_mixes import MIXES, Choice, Mix, ModelFacts, choose_types
@@ -28,7 +28,6 @@ from jaxft.console import track, warn
 from jaxft.errors import JaxftError
 from jaxft.files import new_file
 from jaxft.models.config import DecoderConfig
-from jaxft.models.params import expected_tensors
 
 
 class _Tensor(NamedTuple):
@@ -64,9 +63,10 @@ def write_gguf(checkpoint: Checkpoint, path: Path | str, quantization: str, *, o
         too large for the type.
     """
     mix = check_quantization(quantization)
-    arch = _architecture(checkpoint)
+    spec = arch_of(checkpoint.config.get("model_type"), checkpoint.where)
+    arch = _architecture(spec, checkpoint.where)
     config = check(checkpoint)
-    tensors = _plan(checkpoint, arch, config, mix)
+    tensors = _plan(checkpoint, spec.tensors(config).hf_shapes, arch, config, mix)
     metadata = _metadata(checkpoint, arch, config, mix.file_type)
     try:
         with new_file(path, overwrite=overwrite) as temporary:
@@ -83,16 +83,16 @@ def check_quantization(name: str) -> Mix:
     return MIXES[name]
 
 
-def _architecture(checkpoint: Checkpoint) -> GGUFArch:
-    spec = arch_of(checkpoint.config.get("model_type"), checkpoint.where)
+def _architecture(spec: ArchSpec, where: object) -> GGUFArch:
     if spec.gguf is None:
-        raise JaxftError(f"{checkpoint.where}, field model_type", f"{spec.model_type!r} cannot be written as GGUF yet")
+        raise JaxftError(f"{where}, field model_type", f"{spec.model_type!r} cannot be written as GGUF yet")
     return spec.gguf
 
 
-def _plan(checkpoint: Checkpoint, arch: GGUFArch, config: DecoderConfig, mix: Mix) -> list[_Tensor]:
+def _plan(
+    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], arch: GGUFArch, config: DecoderConfig, mix: Mix
+) -> list[_Tensor]:
     """What is written, in the checkpoint's order; a stored copy of a tied head or computed buffers are left out."""
-    expected = expected_tensors(config)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name in expected}
     names = gguf_names(shapes, arch.name, config.num_hidden_layers)
     facts = ModelFacts(config.num_hidden_layers, config.num_attention_heads // config.num_key_value_heads)

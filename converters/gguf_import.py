@@ -19,7 +19,6 @@ from converters.gguf_tensors import gguf_names
 from converters.gguf_tokenizer import read_tokenizer, special_token_ids
 from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig
-from jaxft.models.params import expected_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,7 +113,7 @@ class GGUFCheckpoint:
     def _by_hf_name(self, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
         """The file's tensors under their HF names, in the order of the file."""
         config: DecoderConfig = self._spec.decoder_config(self.config, self.where)
-        expected = expected_tensors(config)
+        expected = self._spec.tensors(config).hf_shapes
         names = gguf_names(expected, self._arch.name, config.num_hidden_layers)
         weights = {name: entry.shape for name, entry in entries.items() if name != FREQUENCIES}
         check_tensors(weights, {names[hf]: shape for hf, shape in expected.items()}, self.where)

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from converters.archs import arch_of
 from converters.checkpoint import Checkpoint, QuantizedCheckpoint, check_tensors
+from converters.layout import Layout
 from jaxft.console import progress
 from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig
@@ -34,22 +35,34 @@ def load_decoder(checkpoint: Checkpoint, *, dtype: DTypeLike, quantization: str 
       JaxftError: see `check`.
     """
     config = check(checkpoint)
+    layout = arch_of(checkpoint.config["model_type"], checkpoint.where).tensors(config)
     kept = checkpoint if quantization is not None and isinstance(checkpoint, QuantizedCheckpoint) else None
     if kept is not None:
-        _check_all_quantized(kept, config)
+        _check_all_quantized(kept, config, layout)
     with progress("loading weights", len(expected_tensors(config))) as advance:
 
         def read(name: str) -> np.ndarray | QTensor:
             advance(note=name)
-            stored = None if kept is None else kept.quantized(name)
-            return checkpoint.read(name) if stored is None else jax.tree.map(jnp.asarray, stored)
+            stored = kept.quantized(name) if kept is not None and layout.is_same(name) else None
+            return layout.decoder[name].read(checkpoint.read) if stored is None else jax.tree.map(jnp.asarray, stored)
 
         return build_decoder(config, read, dtype=dtype, quantization=quantization)
 
 
-def _check_all_quantized(checkpoint: QuantizedCheckpoint, config: DecoderConfig) -> None:
-    """Layers are stacked, so a checkpoint that leaves some linears unquantized cannot be kept as it is."""
+def _check_all_quantized(checkpoint: QuantizedCheckpoint, config: DecoderConfig, layout: Layout) -> None:
+    """Layers are stacked, so a checkpoint that leaves some linears unquantized cannot be kept as it is.
+
+    Nor can one whose linears are parts of a quantized one: the scales of its blocks do not end where its rows do.
+    """
     names = quantizable_tensors(config)
+    parts = [name for name in names if not layout.is_same(name)]
+    if parts:
+        whole = layout.decoder[parts[0]].names[0]
+        raise JaxftError(
+            checkpoint.where,
+            f"has quantized {whole}, of which {parts[0]} is a part; quantized linears cannot be taken apart",
+            "Take the checkpoint with the original weights, or load this one with load_in_4bit=False",
+        )
     plain = [name for name in names if checkpoint.quantized(name) is None]
     if plain:
         raise JaxftError(
@@ -72,7 +85,7 @@ def check(checkpoint: Checkpoint) -> DecoderConfig:
     if config.tie_word_embeddings and _HEAD in shapes:
         _check_tied_head(checkpoint)
         del shapes[_HEAD]
-    check_tensors(shapes, expected_tensors(config), checkpoint.where)
+    check_tensors(shapes, spec.tensors(config).hf_shapes, checkpoint.where)
     _check_dtypes({name: checkpoint.tensors[name].dtype for name in shapes}, checkpoint.where)
     return config
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy as np
 
+from converters.archs import arch_of
 from converters.checkpoint import Checkpoint, TensorInfo
 from converters.peft_io import Adapter, scale_of
 from jaxft.errors import JaxftError
@@ -47,15 +48,19 @@ class DecoderCheckpoint(DerivedCheckpoint):
     def __init__(self, decoder: Decoder, source: Checkpoint) -> None:
         super().__init__(source)
         self._views: dict[str, TensorView] = tensor_views(decoder)
-        self.tensors = {name: TensorInfo(view.shape, source.tensors[name].dtype) for name, view in self._views.items()}
+        self._layout = arch_of(source.config["model_type"], source.where).tensors(decoder.config)
+        self.tensors = {
+            name: TensorInfo(shape, source.tensors[name].dtype) for name, shape in self._layout.hf_shapes.items()
+        }
 
     def quantized(self, name: str) -> QTensor | None:
-        """The weight as the decoder holds it; None where it is not quantized."""
-        return self._views[name].quantized()
+        """The weight as the decoder holds it; None where it is not quantized, or not a weight of its own."""
+        return self._views[name].quantized() if name in self._views else None
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the source's dtype."""
-        return self._views[name].read().astype(self.tensors[name].dtype)
+        array = self._layout.hf[name].read(lambda part: self._views[part].read())
+        return array.astype(self.tensors[name].dtype)
 
 
 class MergedCheckpoint(DerivedCheckpoint):

@@ -48,9 +48,31 @@ class PermuteRope:
         return parts.swapaxes(1, 2).reshape(array.shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class AddOne:
+    """Weights that HF stores less 1 and llama.cpp as they multiply; exact where the sum is (see `invert`).
+
+    Attributes:
+      suffix: end of the HF tensor names that it applies to.
+    """
+
+    suffix: str
+
+    def apply(self, array: np.ndarray, config: dict[str, Any]) -> np.ndarray:
+        """w -> 1 + w, in float32, as llama.cpp's converter stores norms."""
+        return array.astype(np.float32) + np.float32(1)
+
+    def invert(self, array: np.ndarray, config: dict[str, Any]) -> np.ndarray:
+        """1 + w -> w: what `apply` rounded away is lost, nothing of 16-bit weights above 2^-8 or so."""
+        return array - np.float32(1)
+
+
 # q and k of architectures that llama.cpp rotates in pairs though HF rotates halves.
 PERMUTE_QK = tuple(
     PermuteRope(f"self_attn.{projection}.{kind}", heads)
     for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads"))
     for kind in ("weight", "bias")
 )
+
+# The norms of architectures that multiply by 1 + weight.
+ADD_ONE_TO_NORMS = (AddOne("norm.weight"),)

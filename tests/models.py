@@ -27,8 +27,13 @@ from tiny import hf_config, random_tensors
 def decoder_of(hf: dict[str, Any] | None = None, quantization: str | None = None, **settings: Any) -> Decoder:
     """A float32 decoder with `random_tensors(hf)`; `settings` are its attributes (remat)."""
     hf = hf_config() if hf is None else hf
+    config, tensors = decoder_config(hf), random_tensors(hf)
+    sources = arch_of(hf["model_type"], "test").tensors(config).decoder
     decoder = build_decoder(
-        decoder_config(hf), random_tensors(hf).__getitem__, dtype=jnp.float32, quantization=quantization
+        config,
+        lambda name: sources[name].read(tensors.__getitem__),
+        dtype=jnp.float32,
+        quantization=quantization,
     )
     for name, value in settings.items():
         setattr(decoder, name, value)
@@ -95,13 +100,14 @@ def train_everything(decoder: Decoder) -> Decoder:
 
 
 def hf_gradients(gradients: nnx.State, hf: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Gradients of a decoder's parameters under the names of the HF checkpoint."""
+    """Gradients of a decoder's parameters under the names and in the layout of the HF checkpoint."""
     config = decoder_config(hf)
     found: dict[str, np.ndarray] = {}
     for path, variable in nnx.to_flat_state(gradients):
         values = unstack(np.asarray(variable.get_value()), len(stack_shape(path, config)))
         found |= dict(zip(hf_names(path, config), values, strict=True))
-    return found
+    layout = arch_of(hf["model_type"], "test").tensors(config)
+    return {name: source.read(found.__getitem__) for name, source in layout.hf.items()}
 
 
 def cheaply_compiled(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -67,7 +67,8 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         word = next((i for i, word in enumerate(_ORDER) if word in name), len(_ORDER))
         return number, word, name.rpartition(".")[0], not name.endswith("weight")
 
-    shapes = arch_of(config["model_type"], "test").hf_tensors(config, "test")
+    spec = arch_of(config["model_type"], "test")
+    shapes = spec.tensors(spec.decoder_config(config, "test")).hf_shapes
     return {name: shapes[name] for name in sorted(shapes, key=place)}
 
 

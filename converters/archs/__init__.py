@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from converters.archs.base import ArchSpec
+from converters.archs.gpt_oss import GPT_OSS
+from converters.archs.granitemoe import GRANITE_MOE
 from converters.archs.llama import LLAMA
 from converters.archs.mistral import MISTRAL
+from converters.archs.mixtral import MIXTRAL
 from converters.archs.olmoe import OLMOE
 from converters.archs.qwen2 import QWEN2
 from converters.archs.qwen2_moe import QWEN2_MOE
 from converters.archs.qwen3_moe import QWEN3_MOE
 from jaxft.errors import JaxftError
 
-ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in (LLAMA, MISTRAL, QWEN2, QWEN3_MOE, QWEN2_MOE, OLMOE)}
+_SPECS = (LLAMA, MISTRAL, QWEN2, QWEN3_MOE, QWEN2_MOE, MIXTRAL, OLMOE, GRANITE_MOE, GPT_OSS)
+ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in _SPECS}
+    spec.model_type: spec
+    for spec in (LLAMA, MISTRAL, QWEN2, QWEN3_MOE, QWEN2_MOE, MIXTRAL, OLMOE, GRANITE_MOE, GPT_OSS)
+}
 
 
 def arch_of(model_type: str | None, where: object) -> ArchSpec:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from converters.layout import Layout, LayoutOp, layout_of
 from converters.tensor_ops import TensorOp
 from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig
@@ -167,12 +168,16 @@ class ArchSpec:
       architecture: the HF class, as in config.json's `architectures`.
       read_config: reads a ConfigReader into a DecoderConfig; must consume every field.
       gguf: None when GGUF cannot hold this architecture.
+      models: what it covers, in words.
+      layout: how the tensors of an HF checkpoint differ from the decoder's.
     """
 
     model_type: str
     architecture: str
     read_config: Callable[[ConfigReader], DecoderConfig]
     gguf: GGUFArch | None
+    models: str
+    layout: tuple[LayoutOp, ...] = ()
 
     def decoder_config(self, config: dict[str, Any], where: object) -> DecoderConfig:
         """The DecoderConfig of an HF config dict; raises JaxftError on any field that is not understood."""
@@ -181,6 +186,6 @@ class ArchSpec:
         reader.finish()
         return result
 
-    def hf_tensors(self, config: dict[str, Any], where: object) -> dict[str, tuple[int, ...]]:
-        """HF name -> shape of every tensor of a checkpoint with this HF config."""
-        return expected_tensors(self.decoder_config(config, where))
+    def tensors(self, config: DecoderConfig) -> Layout:
+        """Every tensor of an HF checkpoint and of the decoder of this config."""
+        return layout_of(expected_tensors(config), self.layout)

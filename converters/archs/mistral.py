@@ -25,4 +25,5 @@ MISTRAL = ArchSpec(
     architecture="MistralForCausalLM",
     read_config=_read_config,
     gguf=GGUFArch("llama", _read_gguf, write_common_gguf, PERMUTE_QK),
+    models="Mistral 7B, Nemo and Small (text)",
 )

@@ -31,4 +31,5 @@ OLMOE = ArchSpec(
     architecture="OlmoeForCausalLM",
     read_config=_read_config,
     gguf=None,
+    models="OLMoE-1B-7B",
 )

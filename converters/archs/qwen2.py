@@ -34,4 +34,5 @@ QWEN2 = ArchSpec(
     architecture="Qwen2ForCausalLM",
     read_config=_read_config,
     gguf=GGUFArch("qwen2", _read_gguf, _write_gguf),
+    models="Qwen2, Qwen2.5",
 )

@@ -35,4 +35,5 @@ QWEN2_MOE = ArchSpec(
     architecture="Qwen2MoeForCausalLM",
     read_config=_read_config,
     gguf=None,
+    models="Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
 )

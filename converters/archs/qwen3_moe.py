@@ -33,4 +33,5 @@ QWEN3_MOE = ArchSpec(
     architecture="Qwen3MoeForCausalLM",
     read_config=_read_config,
     gguf=None,
+    models="Qwen3-30B-A3B, Qwen3-235B-A22B",
 )
