@@ -1,7 +1,7 @@
 """`python -m benchmarks.train --model llama-3.1-8b --quant nf4 --shape 2x2048 --remat offload`: one train step, timed.
 
-Random weights of the real shapes, LoRA on all linears (experts too), random tokens, one document a row. Prints one JSON line
-with the peers' field names; --profile adds what the device spends a step on, kernel by kernel.
+Random weights of the real shapes, LoRA on all linears (experts too), random tokens, one document a row. Prints one JSON
+line with the peers' field names; --profile adds what the device spends a step on, kernel by kernel.
 """
 
 from __future__ import annotations

@@ -16,9 +16,6 @@ from jaxft.errors import JaxftError
 
 _SPECS = (LLAMA, MISTRAL, QWEN2, QWEN3_MOE, QWEN2_MOE, MIXTRAL, OLMOE, GRANITE_MOE, GPT_OSS)
 ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in _SPECS}
-    spec.model_type: spec
-    for spec in (LLAMA, MISTRAL, QWEN2, QWEN3_MOE, QWEN2_MOE, MIXTRAL, OLMOE, GRANITE_MOE, GPT_OSS)
-}
 
 
 def arch_of(model_type: str | None, where: object) -> ArchSpec:
