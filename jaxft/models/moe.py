@@ -139,13 +139,13 @@ class Experts(nnx.Module):
         weights = rows.of_pairs(routing.weights.reshape(tokens * k, 1))
         x = rows.of_tokens(x_MD)
         if moe.scale_inputs:
-            x = (x * weights).astype(x.dtype)
+            x = _scaled(x, weights)
         gate = checkpoint_name(self.gate_proj(x, groups), "gate")
         up = checkpoint_name(self.up_proj(x, groups), "up")
         h = pk.gated_activation(gate, up, activation=moe.expert_act, alpha=moe.swiglu_alpha, limit=moe.swiglu_limit)
         if moe.scale_inputs:
             return rows.sum_of_pairs(self.down_proj(h, groups))
-        return rows.sum_of_pairs(self.down_proj((h * weights).astype(h.dtype), groups, weights))
+        return rows.sum_of_pairs(self.down_proj(_scaled(h, weights), groups, weights))
 
 
 class MoE(nnx.Module):
@@ -176,7 +176,7 @@ class MoE(nnx.Module):
             shared_BTD = self.shared_expert(x_BTD, dropout_key, **mlp)
             if self.shared_expert_gate is not None:
                 gate = jax.nn.sigmoid(self.shared_expert_gate(x_BTD, dropout_key).astype(jnp.float32))
-                shared_BTD = (gate * shared_BTD).astype(shared_BTD.dtype)
+                shared_BTD = _scaled(shared_BTD, gate)
             y_BTD = y_BTD + shared_BTD
         return y_BTD, routing.load
 
@@ -202,6 +202,11 @@ def utilisation(load: Load) -> dict[str, jax.Array]:
         "moe/busiest": jnp.mean(jnp.max(load.counts, axis=-1) / mean),
         "moe/idle": jnp.mean(load.counts == 0, dtype=jnp.float32),
     }
+
+
+def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """x times a float32 factor for each row, rounded once, to x's dtype."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def _sorted_by_expert(experts: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
