@@ -97,7 +97,7 @@ class MXFP4Tensor:
 
         bfloat16 and float32 hold every one exactly.
         """
-        codes, scales = self.codes, self.scales
+        codes, scales = jnp.asarray(self.codes), jnp.asarray(self.scales)
         if self.layer is not None:
             codes, scales = (jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (codes, scales))
         both = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(*scales.shape, BLOCK_SIZE)
