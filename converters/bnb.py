@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from converters.archs import arch_of
 from converters.checkpoint import Checkpoint, QuantizedCheckpoint, TensorInfo
 from converters.hf_export import write_hf
 from converters.hf_files import CONFIG
@@ -224,7 +225,10 @@ class NF4Checkpoint(DerivedCheckpoint):
 
     def __init__(self, base: Checkpoint) -> None:
         super().__init__(base)
-        self._names = frozenset(quantizable_tensors(check(base)))
+        config = check(base)
+        linears = set(quantizable_tensors(config))
+        layout = arch_of(base.config["model_type"], base.where).tensors(config)
+        self._names = frozenset(name for name, source in layout.hf.items() if linears.issuperset(source.names))
 
     def quantized(self, name: str) -> NF4Tensor | None:
         """The weight in NF4; None for what stays as it is."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from jax.typing import DTypeLike
 
+from converters.archs import arch_of
 from converters.bnb import write_bnb
 from converters.checkpoint import Checkpoint, QuantizedCheckpoint
 from converters.load import load_decoder
@@ -40,7 +41,10 @@ def load_nf4(source: Checkpoint, *, dtype: DTypeLike, cache: Path, min_bytes: in
     Raises:
       JaxftError: see `converters.load.check`; or the copy is damaged.
     """
-    if isinstance(source, QuantizedCheckpoint) or sum(map(nbytes, source.tensors.values())) < min_bytes:
+    small = sum(map(nbytes, source.tensors.values())) < min_bytes
+    # A copy holds whole quantized tensors of the checkpoint, and a part of one cannot be loaded.
+    has_parts = bool(arch_of(source.config.get("model_type"), source.where).layout)
+    if isinstance(source, QuantizedCheckpoint) or small or has_parts:
         return load_decoder(source, dtype=dtype, quantization="nf4")
     copy = cache / _name(source)
     if copy.is_dir():

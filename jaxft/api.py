@@ -255,13 +255,17 @@ class LanguageModel:
         return self.tokenizer
 
     def _adapter(self) -> Adapter:
+        from converters.archs import arch_of
+        from converters.expert_adapters import experts_to_hf
         from converters.peft_io import make_adapter
 
         if self.lora_config is None:
             raise JaxftError(
                 "save_pretrained", "the model has no adapter", "Call FastLanguageModel.get_peft_model first"
             )
-        return make_adapter(self.lora_config, lora.adapter_tensors(self.decoder), base_model_name_or_path=self.name)
+        adapter = make_adapter(self.lora_config, lora.adapter_tensors(self.decoder), base_model_name_or_path=self.name)
+        layout = arch_of(self.source.config["model_type"], self.name).tensors(self.decoder.config)
+        return experts_to_hf(adapter, layout)
 
     def _merged(self, base: BaseWeights | str) -> Checkpoint:
         from converters.merge import DecoderCheckpoint, MergedCheckpoint
@@ -289,8 +293,9 @@ class FastLanguageModel:
             a name on the hub.
           max_seq_length: default length of training rows.
           dtype: of activations and of what is not quantized; None is bfloat16 on a GPU and float32 on a CPU.
-          load_in_4bit: keep the linears of the layers in NF4 with double quantization; weights that are stored in NF4
-            stay as they are. From 1 GiB on, the converted weights are kept in jaxft's cache folder for the next time.
+          load_in_4bit: keep the linears of the layers in NF4 with double quantization, experts left out; weights that
+            are stored in NF4 or MXFP4 stay as they are. From 1 GiB on, the converted weights are kept in jaxft's cache
+            folder for the next time.
 
         Returns:
           (model, tokenizer); the tokenizer is None, with a warning, where the checkpoint has none.
@@ -312,6 +317,12 @@ class FastLanguageModel:
             if load_in_4bit
             else load_decoder(source, dtype=dtype)
         )
+        if load_in_4bit and decoder.config.moe:
+            console.warn(
+                "the experts stay as they are stored; only the other linears are in NF4. A router that was trained with"
+                " exact experts sends tokens elsewhere when their outputs change, and few tokens train each expert:"
+                " LoRA over experts in bfloat16 is what works"
+            )
         tokenizer = source.tokenizer()
         if tokenizer is None:
             console.warn(f"{source.where} has no tokenizer files; the tokenizer is None")
@@ -401,8 +412,12 @@ def _base_of(adapter: Adapter, where: str | Path) -> str:
 
 
 def _load_adapter(model: LanguageModel, adapter: Adapter) -> None:
+    from converters.archs import arch_of
+    from converters.expert_adapters import experts_to_decoder
     from converters.peft_io import lora_config_of
 
+    layout = arch_of(model.source.config["model_type"], model.name).tensors(model.decoder.config)
+    adapter = experts_to_decoder(adapter, layout)
     config = lora_config_of(adapter)
     lora.attach(model.decoder, config, key=jax.random.key(0))
     lora.load_adapter_tensors(model.decoder, adapter.tensors)

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxft.errors import JaxftError
 from jaxft.models.decoder import Decoder
 from jaxft.models.labels import labels, set_trainable
-from jaxft.models.layers import Linear
+from jaxft.models.layers import ExpertLinear, Linear
 from jaxft.models.params import LAYERS, hf_names, stack, unstack
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -90,6 +90,8 @@ def attach(decoder: Decoder, config: LoraConfig, *, key: jax.Array, dtype: DType
       JaxftError: a target that matches nothing, or a decoder that has adapters already.
     """
     modules = targets(decoder, config.target_modules)
+    if config.lora_dropout and any(isinstance(module, ExpertLinear) for module in modules.values()):
+        raise JaxftError("lora_dropout", "has no meaning for experts, as in PEFT", "Set it to 0, or target no experts")
     if any(module.lora_A is not None for module in linears(decoder).values()):
         raise JaxftError("get_peft_model", "the model has an adapter already", "Load the base model again")
     for module, module_key in zip(modules.values(), jax.random.split(key, len(modules)), strict=True):

@@ -28,6 +28,31 @@ _SIZES = {
 _DERIVED_HEADS = {**_SIZES, "hidden_size": 48, "head_dim": None}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 10000.0}
 _DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+_GEMMA = {**_SIZES, "head_dim": 12, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+_GEMMA2 = {
+    **_GEMMA,
+    "hidden_act": None,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 12,
+    "sliding_window": 5,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+_GEMMA3 = {
+    **_GEMMA2,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "rope_theta": 100000.0,
+    "rope_local_base_freq": 10000.0,
+}
+_SHORT, _LONG = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], [1.0, 1.5, 2.0, 4.0, 6.0, 8.0]
+_MULTIPLIERS = {
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 2.0,
+}
+_STARCODER2 = {"hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": None, "norm_epsilon": 1e-5}
 
 # model_type -> case -> what its config.json has beside `hf_config`'s fields.
 CASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -53,6 +78,124 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
         "yarn, no grouping": {**_DERIVED_HEADS, "num_key_value_heads": 4, "rope_scaling": _YARN},
+    },
+    "qwen3": {
+        "q/k norm": {**_SIZES, "head_dim": 12},
+        "no grouping, tied, windows": {
+            **_SIZES,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 1,
+        },
+        "yarn, biases": {**_SIZES, "head_dim": 12, "attention_bias": True, "rope_scaling": _YARN},
+    },
+    "gemma": {
+        "small": {**_GEMMA, "hidden_act": "gelu_pytorch_tanh"},
+        "one kv head, old activation": {**_GEMMA, "num_key_value_heads": 1, "hidden_act": "gelu"},
+        "untied": {**_GEMMA, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": False},
+    },
+    "gemma2": {
+        "small": {**_GEMMA2},
+        "odd layers, tight caps": {
+            **_GEMMA2,
+            "num_hidden_layers": 3,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 1.5,
+        },
+        "no caps": {**_GEMMA2, "attn_logit_softcapping": None, "final_logit_softcapping": None, "hidden_size": 36},
+    },
+    "gemma3_text": {
+        "small": {**_GEMMA3, "sliding_window_pattern": 2},
+        "period of six and a remainder": {**_GEMMA3, "num_hidden_layers": 8},
+        "scaled global rope, one kv head": {
+            **_GEMMA3,
+            "num_key_value_heads": 1,
+            "sliding_window_pattern": 2,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    },
+    "phi3": {
+        "fused": {**_DERIVED_HEADS},
+        "partial rotation, no grouping": {
+            **_DERIVED_HEADS,
+            "hidden_size": 64,
+            "num_key_value_heads": 4,
+            "partial_rotary_factor": 0.75,
+        },
+        "long documents of longrope": {
+            **_DERIVED_HEADS,
+            "original_max_position_embeddings": 8,
+            "rope_scaling": {"rope_type": "longrope", "short_factor": _SHORT, "long_factor": _LONG},
+        },
+        "short documents of longrope, window": {
+            **_DERIVED_HEADS,
+            "original_max_position_embeddings": 32,
+            "sliding_window": 5,
+            "rope_scaling": {"rope_type": "longrope", "short_factor": _SHORT, "long_factor": _LONG},
+        },
+    },
+    "granite": {
+        "multipliers": {**_DERIVED_HEADS, **_MULTIPLIERS},
+        "biases, tied, one kv head": {
+            **_DERIVED_HEADS,
+            **_MULTIPLIERS,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 1,
+        },
+    },
+    "olmo2": {
+        "norms behind": {**_DERIVED_HEADS},
+        "one kv head, biases, tied": {
+            **_DERIVED_HEADS,
+            "num_key_value_heads": 1,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    },
+    "smollm3": {
+        "layers without positions": {**_DERIVED_HEADS, "no_rope_layer_interval": 2},
+        "every fourth, tied": {**_DERIVED_HEADS, "num_hidden_layers": 5, "tie_word_embeddings": True},
+        "windows, biases": {
+            **_DERIVED_HEADS,
+            "no_rope_layers": [1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    },
+    "cohere": {
+        "parallel": {
+            **_DERIVED_HEADS,
+            "layer_norm_eps": 1e-5,
+            "rms_norm_eps": None,
+            "tie_word_embeddings": True,
+            "logit_scale": 0.8,
+        },
+        "q/k norm, biases": {
+            **_DERIVED_HEADS,
+            "layer_norm_eps": 1e-5,
+            "rms_norm_eps": None,
+            "logit_scale": 0.25,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "num_key_value_heads": 4,
+        },
+    },
+    "starcoder2": {
+        "no gate": {**_DERIVED_HEADS, **_STARCODER2, "tie_word_embeddings": True},
+        "window, one kv head, untied": {
+            **_DERIVED_HEADS,
+            **_STARCODER2,
+            "sliding_window": 5,
+            "num_key_value_heads": 1,
+        },
+        "no biases": {**_DERIVED_HEADS, **_STARCODER2, "use_bias": False},
     },
     **MOE_CASES,
 }

@@ -111,7 +111,7 @@ def hf_gradients(gradients: nnx.State, hf: dict[str, Any]) -> dict[str, np.ndarr
 
 
 def cheaply_compiled(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function` for these arguments' shapes, hardly optimized: tiny models compile longer than they run."""
+    """`function` for these arguments' shapes, with few of XLA's optimizations: tiny models compile longer than run."""
     return jax.jit(function).lower(*arguments).compile({"xla_backend_optimization_level": 0})
 
 

@@ -202,7 +202,7 @@ def test_values_that_the_type_cannot_hold(value: float, quantization: str, tiny_
 
 
 INEXPRESSIBLE = {
-    "activation": ({"hidden_act": "gelu"}, "hidden_act: GGUF's llama architecture cannot say 'gelu'"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act: this GGUF architecture cannot say 'gelu'"),
     "partial": ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     "model_type": ({"model_type": "mamba"}, "'mamba' is not supported"),
     "more_layers": ({"num_hidden_layers": 4}, r"model.layers.3.mlp.down_proj.weight is missing"),

@@ -18,6 +18,9 @@ MLPLayerType = Literal["dense", "sparse"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
@@ -256,6 +259,15 @@ class DecoderConfig:
             None if layer in self.nope_layers else rope,
             self.mlp_layer_types[layer],
         )
+
+    @property
+    def mlp_width(self) -> int:
+        """Columns that a token's gate and up have in the widest layer, all of its experts together."""
+        dense = self.intermediate_size if "dense" in self.mlp_layer_types else 0
+        if self.moe is None:
+            return dense
+        moe = self.moe
+        return max(dense, moe.num_experts_per_tok * moe.moe_intermediate_size + moe.shared_expert_intermediate_size)
 
     def layers_of(self, kind: MLPLayerType) -> tuple[int, ...]:
         """The layers whose blocks are of one kind; each kind's parameters are one stack, in this order."""

@@ -1,0 +1,68 @@
+"""Gemma 3, text: https://huggingface.co/docs/transformers/model_doc/gemma3"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
+from converters.archs.common import every, read_common_gguf, write_common_gguf
+from converters.archs.gemma2 import gemma_attention_scale, gemma_fields
+from converters.archs.rope import rope_of
+from converters.tensor_ops import ADD_ONE_TO_NORMS
+from jaxft.models.config import DecoderConfig
+
+_WINDOW, _LOCAL_THETA = "attention.sliding_window", "rope.freq_base_swa"
+
+
+def _read_config(reader: ConfigReader) -> DecoderConfig:
+    """Two rotations: nested in `rope_parameters`, or `rope_theta` with `rope_scaling`, and `rope_local_base_freq`."""
+    period = reader.take("sliding_window_pattern", None) or reader.take("_sliding_window_pattern", 6)
+    reader.take("_sliding_window_pattern", None)
+    nested = reader.take("rope_parameters", {})
+    outer = {"rope_theta": reader.take("rope_theta", 1_000_000.0)}
+    scaling = reader.take("rope_scaling", {})
+    local = {"rope_theta": reader.take("rope_local_base_freq", 10_000.0)}
+    fields = gemma_fields(reader, period)
+    longest = fields["max_position_embeddings"]
+    fields["rope"] = rope_of(nested.get("full_attention") or scaling, outer, longest)
+    return DecoderConfig(
+        **fields, qk_norm="head", local_rope=rope_of(nested.get("sliding_attention") or {}, local, longest)
+    )
+
+
+def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
+    fields = read_common_gguf(reader, hidden_act="gelu_pytorch_tanh", activation="hidden_activation")
+    local = {"rope_type": "default", "rope_theta": reader.number(_LOCAL_THETA, 10_000.0)}
+    return {
+        **fields,
+        "attention_bias": False,
+        "query_pre_attn_scalar": round(gemma_attention_scale(fields, 62) ** -2),
+        "sliding_window": reader.size(_WINDOW),
+        "rope_parameters": {"full_attention": fields["rope_parameters"], "sliding_attention": local},
+    }
+
+
+def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
+    keys = write_common_gguf(
+        config,
+        said=("local_rope",),
+        hidden_act="gelu_pytorch_tanh",
+        norm_placement="sandwich",
+        norm_weight_offset=1.0,
+        embedding_multiplier=config.hidden_size**0.5,
+        attention_scale=gemma_attention_scale(vars(config), 62),
+        layer_types=every(config.num_hidden_layers, 6),
+        qk_norm="head",
+        rope_kinds=("default", "linear"),
+    )
+    assert config.local_rope is not None
+    return {**keys, _WINDOW: config.sliding_window or 0, _LOCAL_THETA: config.local_rope.theta}
+
+
+GEMMA3 = ArchSpec(
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    read_config=_read_config,
+    gguf=GGUFArch("gemma3", _read_gguf, _write_gguf, ADD_ONE_TO_NORMS),
+    models="Gemma 3 270M, 1B, and the text model of 4B to 27B",
+)

@@ -1,0 +1,34 @@
+"""Qwen3, dense: https://huggingface.co/docs/transformers/model_doc/qwen3"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
+from converters.archs.common import read_common, read_common_gguf, write_common_gguf
+from converters.archs.qwen2 import read_qwen_windows
+from jaxft.models.config import DecoderConfig
+
+
+def _read_config(reader: ConfigReader) -> DecoderConfig:
+    bias = reader.take("attention_bias", False)
+    fields = read_common(reader)
+    windows = read_qwen_windows(reader, fields["num_hidden_layers"])
+    return DecoderConfig(**fields, qk_norm="head", qkv_bias=bias, o_bias=bias, **windows)
+
+
+def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
+    return {**read_common_gguf(reader), "attention_bias": False}
+
+
+def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
+    return write_common_gguf(config, qk_norm="head")
+
+
+QWEN3 = ArchSpec(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    read_config=_read_config,
+    gguf=GGUFArch("qwen3", _read_gguf, _write_gguf),
+    models="Qwen3 0.6B to 32B (dense)",
+)

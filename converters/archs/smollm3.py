@@ -1,0 +1,49 @@
+"""SmolLM3: https://huggingface.co/docs/transformers/model_doc/smollm3"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
+from converters.archs.common import read_common, read_common_gguf, read_optional_windows, write_common_gguf
+from converters.tensor_ops import PERMUTE_QK
+from jaxft.models.config import DecoderConfig, LayerType
+
+
+def _read_config(reader: ConfigReader) -> DecoderConfig:
+    bias = reader.take("attention_bias", False)
+    fields = read_common(reader, tied=True, theta=2_000_000.0)
+    layers = fields["num_hidden_layers"]
+    period = reader.take("no_rope_layer_interval", 4)
+    # A 1 means that the layer does rotate.
+    rotates = reader.take("no_rope_layers", [int((i + 1) % period != 0) for i in range(layers)])
+    types: list[LayerType] = ["full_attention" if rotate else "sliding_attention" for rotate in rotates]
+    return DecoderConfig(
+        **fields,
+        nope_layers=tuple(i for i in range(layers) if not rotates[i]),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=reader.take("mlp_bias", False),
+        **read_optional_windows(reader, layers, types),
+    )
+
+
+def _every_fourth(layers: int) -> tuple[int, ...]:
+    return tuple(range(3, layers, 4))
+
+
+def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
+    return {**read_common_gguf(reader), "attention_bias": False, "mlp_bias": False, "no_rope_layer_interval": 4}
+
+
+def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
+    return write_common_gguf(config, nope_layers=_every_fourth(config.num_hidden_layers))
+
+
+SMOLLM3 = ArchSpec(
+    model_type="smollm3",
+    architecture="SmolLM3ForCausalLM",
+    read_config=_read_config,
+    gguf=GGUFArch("smollm3", _read_gguf, _write_gguf, PERMUTE_QK),
+    models="SmolLM3 3B",
+)
