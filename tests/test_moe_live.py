@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
 from arch_cases import arch_config, smallest, tokens
@@ -18,6 +20,7 @@ from converters.merge import DecoderCheckpoint
 from jaxft import FastLanguageModel
 from jaxft.errors import JaxftError
 from jaxft.generate import generate
+from jaxft.models.moe import load_balancing_loss
 from models import batch_of, decoder_of, hf_gradients, plain_examples, relative_l2, train_everything
 from moe_cases import MOE_CASES
 from test_archs import TOLERANCE, loss_and_logits
@@ -112,3 +115,23 @@ def test_adapters_of_stacked_experts_are_refused_by_name(tmp_path: Path) -> None
     FastLanguageModel.get_peft_model(model, r=2)
     with pytest.raises(JaxftError, match=r"experts\.0\.gate_proj is a part of .*gate_up_proj"):
         model.save_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("family", MOE_CASES)
+def test_the_load_balancing_loss_is_transformers(family: str) -> None:
+    import torch
+
+    from vectors import torch_reference
+
+    config = arch_config(family, smallest(family))
+    ids = tokens(config)
+    model = torch_reference.model(config, random_tensors(config))
+    with torch.no_grad():
+        expected = float(model(torch.from_numpy(ids), output_router_logits=True).aux_loss)
+    decoder = decoder_of(config)
+    assert decoder.config.moe is not None
+    graphdef, params = nnx.split(decoder)
+    load = jax.jit(lambda params: nnx.merge(graphdef, params).with_load(jnp.asarray(ids, jnp.int32))[1])(params)
+    found = load_balancing_loss(load, decoder.config.moe.num_experts)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    assert expected > 1.0
