@@ -63,6 +63,63 @@ MODELS = {
         tie_word_embeddings=True,
         rope=dataclasses.replace(_ROPE, factor=32.0),
     ),
+    "qwen3-4b": DecoderConfig(
+        vocab_size=151936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        qk_norm="head",
+        tie_word_embeddings=True,
+        rope=RopeConfig(theta=1e6),
+    ),
+    "gemma-2-9b": DecoderConfig(
+        vocab_size=256000,
+        hidden_size=3584,
+        intermediate_size=14336,
+        num_hidden_layers=42,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=256,
+        max_position_embeddings=8192,
+        hidden_act="gelu_pytorch_tanh",
+        norm_placement="sandwich",
+        norm_weight_offset=1.0,
+        tie_word_embeddings=True,
+        layer_types=("sliding_attention", "full_attention") * 21,
+        sliding_window=4096,
+        attention_scale=256**-0.5,
+        attention_soft_cap=50.0,
+        logit_soft_cap=30.0,
+        embedding_multiplier=3584**0.5,
+    ),
+    "mistral-7b": DecoderConfig(  # v0.3, which has no window
+        vocab_size=32768,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(theta=1e6),
+    ),
+    "phi-4": DecoderConfig(
+        vocab_size=100352,
+        hidden_size=5120,
+        intermediate_size=17920,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=10,
+        head_dim=128,
+        max_position_embeddings=16384,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(theta=250000.0),
+    ),
     "qwen3-30b-a3b": DecoderConfig(
         vocab_size=151936,
         hidden_size=2048,
@@ -270,7 +327,7 @@ def random_decoder(config: DecoderConfig, quant: str) -> Decoder:
         shape = variable.get_value().shape
         key = jax.random.fold_in(jax.random.key(1), index)
         if str(path[-2]).endswith("norm"):
-            variable.set_value(jnp.ones(shape, jnp.bfloat16))
+            variable.set_value(jnp.full(shape, 1 - config.norm_weight_offset, jnp.bfloat16))
         elif quant == "nf4" and is_quantizable(path):
             variable.set_value(random_nf4(key, shape))
         elif quant == "mxfp4" and EXPERTS in path and path[-1] == "weight":

@@ -17,7 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileTy
 
 from converters.archs import arch_of
 from converters.archs.base import ArchSpec, GGUFArch
-from converters.archs.gguf_rope import FREQUENCIES, rope_divisors
+from converters.archs.gguf_rope import rope_tensors
 from converters.checkpoint import Checkpoint
 from converters.gguf_mixes import MIXES, Choice, Mix, ModelFacts, choose_types
 from converters.gguf_quants import QUANTIZABLE, quantize
@@ -70,7 +70,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path | str, quantization: str, *, o
     metadata = _metadata(checkpoint, arch, config, mix.file_type)
     try:
         with new_file(path, overwrite=overwrite) as temporary:
-            _write(checkpoint, arch, temporary, tensors, metadata, _extra_tensors(config))
+            _write(checkpoint, arch, temporary, tensors, metadata, rope_tensors(config.rope, config.head_dim))
     except OSError as error:
         raise JaxftError(path, f"could not be written ({error})", "Check the space that is left") from error
     return Path(path)
@@ -124,11 +124,6 @@ def _metadata(
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **tokenizer_metadata(tokenizer, config.vocab_size, checkpoint.where),
     }
-
-
-def _extra_tensors(config: DecoderConfig) -> dict[str, np.ndarray]:
-    """What GGUF stores as a tensor and HF in the config."""
-    return {FREQUENCIES: rope_divisors(config.rope, config.head_dim)} if config.rope.kind == "llama3" else {}
 
 
 def _write(

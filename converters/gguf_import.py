@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 
 from converters.archs import ARCHS
 from converters.archs.base import ArchSpec, GGUFArch, MetadataReader
-from converters.archs.gguf_rope import FREQUENCIES, recognise_llama3
+from converters.archs.gguf_rope import FACTORS, FREQUENCIES, recognise_llama3
 from converters.checkpoint import TensorInfo, check_tensors
 from converters.gguf_header import TensorEntry, read_header
 from converters.gguf_tensors import gguf_names
@@ -108,6 +108,12 @@ class GGUFCheckpoint:
             config["rope_parameters"] = recognise_llama3(
                 _read(self._path, entries[FREQUENCIES]), config["rope_parameters"], config["head_dim"], self.where
             )
+        if config["rope_parameters"].get("rope_type") == "longrope":
+            # The shortest decimals that mean these float32, as everywhere in the metadata.
+            config["rope_parameters"] |= {
+                field: [float(str(value)) for value in _read(self._path, entries[tensor])]
+                for field, tensor in FACTORS.items()
+            }
         return config
 
     def _by_hf_name(self, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
@@ -115,7 +121,7 @@ class GGUFCheckpoint:
         config: DecoderConfig = self._spec.decoder_config(self.config, self.where)
         expected = self._spec.tensors(config).hf_shapes
         names = gguf_names(expected, self._arch.name, config.num_hidden_layers)
-        weights = {name: entry.shape for name, entry in entries.items() if name != FREQUENCIES}
+        weights = {name: entry.shape for name, entry in entries.items() if name not in (FREQUENCIES, *FACTORS.values())}
         check_tensors(weights, {names[hf]: shape for hf, shape in expected.items()}, self.where)
         hf_names = {gguf_name: hf for hf, gguf_name in names.items()}
         return {hf_names[name]: entries[name] for name in weights}

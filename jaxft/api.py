@@ -258,14 +258,16 @@ class LanguageModel:
         from converters.archs import arch_of
         from converters.expert_adapters import experts_to_hf
         from converters.peft_io import make_adapter
+        from converters.peft_layout import to_hf
 
         if self.lora_config is None:
             raise JaxftError(
                 "save_pretrained", "the model has no adapter", "Call FastLanguageModel.get_peft_model first"
             )
         adapter = make_adapter(self.lora_config, lora.adapter_tensors(self.decoder), base_model_name_or_path=self.name)
-        layout = arch_of(self.source.config["model_type"], self.name).tensors(self.decoder.config)
-        return experts_to_hf(adapter, layout)
+        spec = arch_of(self.source.config["model_type"], self.name)
+        layout = spec.tensors(self.decoder.config)
+        return experts_to_hf(to_hf(adapter, layout, spec.layout), layout)
 
     def _merged(self, base: BaseWeights | str) -> Checkpoint:
         from converters.merge import DecoderCheckpoint, MergedCheckpoint
@@ -404,6 +406,13 @@ def check_gguf_quantizations(methods: Sequence[str]) -> None:
         check_quantization(method)
 
 
+def supported_models() -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
+    """Column titles and rows of the supported architectures, and the same as a Markdown table."""
+    from converters.archs import models_markdown, models_table
+
+    return *models_table(), models_markdown()
+
+
 def _base_of(adapter: Adapter, where: str | Path) -> str:
     name = adapter.config.get("base_model_name_or_path")
     if not name:
@@ -415,9 +424,11 @@ def _load_adapter(model: LanguageModel, adapter: Adapter) -> None:
     from converters.archs import arch_of
     from converters.expert_adapters import experts_to_decoder
     from converters.peft_io import lora_config_of
+    from converters.peft_layout import to_decoder
 
-    layout = arch_of(model.source.config["model_type"], model.name).tensors(model.decoder.config)
-    adapter = experts_to_decoder(adapter, layout)
+    spec = arch_of(model.source.config["model_type"], model.name)
+    layout = spec.tensors(model.decoder.config)
+    adapter = to_decoder(experts_to_decoder(adapter, layout), layout, spec.layout)
     config = lora_config_of(adapter)
     lora.attach(model.decoder, config, key=jax.random.key(0))
     lora.load_adapter_tensors(model.decoder, adapter.tensors)

@@ -16,7 +16,14 @@ from typing import Any, Literal
 import tyro
 
 from jaxft import demo as demo_module
-from jaxft.api import FastLanguageModel, LanguageModel, SaveMethod, check_gguf_quantizations, checkpoint_config
+from jaxft.api import (
+    FastLanguageModel,
+    LanguageModel,
+    SaveMethod,
+    check_gguf_quantizations,
+    checkpoint_config,
+    supported_models,
+)
 from jaxft.compilation_cache import enable_compilation_cache
 from jaxft.console import console, run_command, table
 from jaxft.errors import JaxftError
@@ -183,6 +190,19 @@ def plan(
         console.print(table(f"{model}: {batch} x {seq} tokens, remat {remat}", ("part", "GiB"), found.rows()))
 
 
+def models(markdown: bool = False) -> None:
+    """List the supported architectures, and what of each was compared with whom.
+
+    Args:
+      markdown: print the table of the README.
+    """
+    titles, rows, text = supported_models()
+    if markdown:
+        print(text)
+    else:
+        console.print(table("supported architectures", titles, rows))
+
+
 def demo(output_dir: Path = Path("demo_output"), overwrite: bool = True) -> None:
     """Fine-tune a packaged 135M model on a verifiable task, measure it before and after, and export it.
 
@@ -201,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> None:
     enable_compilation_cache()
     tyro.extras.subcommand_cli_from_dict(
-        {"sft": sft, "generate": generate, "plan": plan, "demo": demo},
+        {"sft": sft, "generate": generate, "plan": plan, "models": models, "demo": demo},
         args=expand_config(argv),
         prog="jaxft",
         description="Fine-tune language models in JAX: exact LoRA and QLoRA, and everything around it. "

@@ -252,6 +252,14 @@ def _check_prompt(where: str, prompt: Sequence[int], max_new_tokens: int, config
         raise JaxftError(
             where, f"has {len(prompt)} tokens, and {max_new_tokens} more pass the model's limit of {limit}"
         )
+    for rope in config.ropes.values():
+        switch = rope.original_max_position_embeddings
+        if rope.kind == "longrope" and len(prompt) <= switch < len(prompt) + max_new_tokens:
+            raise JaxftError(
+                where,
+                f"has {len(prompt)} tokens, and {max_new_tokens} more pass {switch}, where LongRoPE changes every key",
+                f"Ask for at most {switch - len(prompt)} new tokens" if len(prompt) < switch else "",
+            )
     unknown = [token for token in prompt if not 0 <= token < config.vocab_size]
     if unknown:
         raise JaxftError(where, f"has the token id {unknown[0]}, and the model has only {config.vocab_size} embeddings")

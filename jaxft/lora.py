@@ -70,13 +70,13 @@ def targets(decoder: Decoder, target_modules: tuple[str, ...]) -> dict[str, Line
     """The linears whose path ends in one of `target_modules`.
 
     Raises:
-      JaxftError: a name that matches none, with the names there are.
+      JaxftError: a name that matches none, with the names there are (an MLP without a gate is forgiven ALL_LINEAR).
     """
     found: dict[str, Linear] = {}
     available = linears(decoder)
     for target in target_modules:
         matches = {path: m for path, m in available.items() if path == target or path.endswith(f".{target}")}
-        if not matches:
+        if not matches and target_modules != ALL_LINEAR:
             names = ", ".join(sorted({path.rsplit(".", 1)[1] for path in available}))
             raise JaxftError("target_modules", f"{target!r} matches no linear of the model", f"There are: {names}")
         found |= matches

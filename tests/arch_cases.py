@@ -132,7 +132,8 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "short documents of longrope, window": {
             **_DERIVED_HEADS,
-            "original_max_position_embeddings": 32,
+            "max_position_embeddings": 600,
+            "original_max_position_embeddings": 300,  # llama.cpp's contexts are multiples of 256
             "sliding_window": 5,
             "rope_scaling": {"rope_type": "longrope", "short_factor": _SHORT, "long_factor": _LONG},
         },
@@ -232,3 +233,27 @@ def _architecture(family: str) -> str:
 def tokens(config: dict[str, Any]) -> np.ndarray:
     """int64 [2, 13]."""
     return case_tokens(config, TOKENS)
+
+
+# What llama.cpp's graphs hold of these; the export refuses the others.
+GGUF_CASES = {
+    (family, case)
+    for family, cases in CASES.items()
+    for case in cases
+    if family not in MOE_CASES
+    and (family, case)
+    not in {
+        ("llama", "dynamic"),
+        ("qwen3", "yarn, biases"),
+        ("gemma", "untied"),
+        ("gemma2", "no caps"),
+        ("gemma3_text", "small"),
+        ("gemma3_text", "scaled global rope, one kv head"),
+        ("olmo2", "one kv head, biases, tied"),
+        ("smollm3", "layers without positions"),
+        ("smollm3", "windows, biases"),
+        ("cohere", "q/k norm, biases"),
+        ("starcoder2", "no biases"),
+    }
+}
+EVERY_CASE = [(family, case) for family, cases in CASES.items() for case in cases]

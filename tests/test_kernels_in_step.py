@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 
+from benchmarks.train import MODELS, random_batch
 from jaxft import losses
+from jaxft.lora import LoraConfig
 from jaxft.models import labels
+from jaxft.plan import abstract_model
 from jaxft.train.step import make_train_step
 from lowering import h100, kernel_names
 from models import batch_of, decoder_of, random_examples, with_adapter
@@ -57,3 +61,21 @@ def test_the_kernels_are_in_the_step_once_each_where_expected(remat: str) -> Non
 def test_a_program_whose_ops_chose_for_a_cpu_has_none() -> None:
     """Negative control: outside of `h100` the ops choose XLA."""
     assert not kernel_names(lowered_step("none"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", set(MODELS) - {"tiny"})
+def test_steps_of_real_shapes_lower_for_a_gpu(name: str) -> None:
+    """From shapes alone; what the kernels of these sizes need of a GPU is not known here."""
+    decoder = abstract_model(MODELS[name], jnp.bfloat16, LoraConfig(r=16), "nf4")
+    decoder.remat = "offload"
+    graphdef, trainable, frozen = labels.split(decoder)
+    tx = optax.sgd(1.0)
+    batch = jax.eval_shape(lambda: random_batch(MODELS[name], 2, 2048))
+    step = make_train_step(graphdef, losses.sft, tx)
+    with h100():
+        arguments = (trainable, frozen, jax.eval_shape(tx.init, trainable), batch)
+        counts = kernel_names(step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text())
+    assert {"nf4_dequantize", "rms_norm_forward", "rope", "linear_cross_entropy_kernel"} <= set(counts)
+    capped = MODELS[name].attention_soft_cap is not None
+    assert ("attention_forward" in counts) == capped, "cuDNN's attention is the choice without a soft cap"

@@ -121,8 +121,14 @@ def make_tiny_hf(
     folder: Path, dtype: str = "float32", seed: int = 0, with_tokenizer: bool = True, **overrides: Any
 ) -> Path:
     """Writes the whole checkpoint into `folder` (created if needed) and returns it; `overrides` go into config.json."""
+    return write_tiny_hf(folder, hf_config(dtype, **overrides), dtype, seed, with_tokenizer)
+
+
+def write_tiny_hf(
+    folder: Path, config: dict[str, Any], dtype: str = "float32", seed: int = 0, with_tokenizer: bool = False
+) -> Path:
+    """The same for any config of the registry."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = hf_config(dtype, **overrides)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}, indent=2))
     save_file(random_tensors(config, dtype, seed), folder / "model.safetensors", {"format": "pt"})

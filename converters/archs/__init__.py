@@ -59,3 +59,23 @@ def arch_of(model_type: str | None, where: object) -> ArchSpec:
             "CONTRIBUTING.md has the recipe for a new architecture",
         )
     return ARCHS[model_type]
+
+
+def models_table() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(column titles, one row for each architecture): what it covers, and what of it was compared with what.
+
+    tests/test_archs.py compares every row with transformers' own class (logits, gradients of all parameters, packed
+    rows, the cache); tests/test_archs_live.py several configs of each, beside PEFT and llama.cpp.
+    """
+    titles = ("model_type", "models", "compared with transformers", "GGUF, compared with llama.cpp")
+    numbers = "logits, gradients, packing, cache, greedy; checkpoints and adapters in and out"
+    return titles, [
+        (name, spec.models, numbers, spec.gguf.name if spec.gguf else "not written yet") for name, spec in ARCHS.items()
+    ]
+
+
+def models_markdown() -> str:
+    """`models_table` for the README."""
+    titles, rows = models_table()
+    lines = [titles, tuple("---" for _ in titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

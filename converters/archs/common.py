@@ -9,6 +9,7 @@ from typing import Any
 from converters.archs.base import ConfigReader, MetadataReader
 from converters.archs.gguf_rope import read_gguf_rope, write_gguf_rope
 from converters.archs.rope import read_rope
+from jaxft.console import warn
 from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig, LayerType, RopeKind
 
@@ -147,17 +148,17 @@ def write_common_gguf(
     Raises:
       JaxftError: a field that llama.cpp's graph of the architecture does not have.
     """
-    fixed = {"layer_types": ("full_attention",) * config.num_hidden_layers, **graph}
+    without_windows = () if "layer_types" in graph else ("layer_types",)
     for field in dataclasses.fields(config):
-        if field.name not in _SAID and field.name not in said:
-            _check(field.name, getattr(config, field.name), (fixed.get(field.name, field.default),))
+        if field.name not in {*_SAID, *said, *without_windows}:
+            _check(field.name, getattr(config, field.name), (graph.get(field.name, field.default),))
     _check("rope_type", config.rope.kind, rope_kinds)
     _check("interleaved rotation", config.rope.interleaved, (interleaved,))
     if whole_heads:
         _check("partial_rotary_factor", config.rope.partial_rotary_factor, (1.0,))
     return {
         "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
+        "context_length": _context_within_window(config) if without_windows else config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
@@ -169,6 +170,18 @@ def write_common_gguf(
         "vocab_size": config.vocab_size,
         "rope.dimension_count": config.rope.rotated(config.head_dim),
     }
+
+
+def _context_within_window(config: DecoderConfig) -> int:
+    """The longest context in which a window, that llama.cpp's graph does not have, makes no difference."""
+    window, longest = config.sliding_window, config.max_position_embeddings
+    if window is None or window >= longest or "sliding_attention" not in config.layer_types:
+        return longest
+    warn(
+        f"llama.cpp has no sliding window for this architecture: context_length is written as {window}, the window, "
+        f"instead of {longest}; beyond it llama.cpp would compute something else"
+    )
+    return window
 
 
 def _check(name: str, value: Any, supported: Sequence[Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
 from converters.archs.common import every, read_common, read_common_gguf, read_windows, write_common_gguf
 from converters.tensor_ops import ADD_ONE_TO_NORMS
+from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig
 
 _WINDOW, _CAP, _LOGIT_CAP = "attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"
@@ -57,6 +58,8 @@ def gemma_attention_scale(fields: dict[str, Any], largest: int) -> float:
 
 
 def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
+    if not (config.attention_soft_cap and config.logit_soft_cap):
+        raise JaxftError("config field attn_logit_softcapping", "this GGUF architecture cannot be without soft caps")
     keys = write_common_gguf(
         config,
         said=("attention_soft_cap", "logit_soft_cap"),

@@ -17,6 +17,9 @@ from jaxft.errors import JaxftError
 from jaxft.models.config import RopeConfig
 
 FREQUENCIES = "rope_freqs.weight"
+_ORIGINAL = "rope.scaling.original_context_length"
+# LongRoPE's divisors: HF's field -> tensor.
+FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
 _BETA_FAST, _BETA_SLOW = "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"
 
 # Every Llama 3.1 to 3.3 model has these; only `factor` differs (8 or 32).
@@ -28,12 +31,19 @@ def read_gguf_rope(reader: MetadataReader) -> dict[str, Any]:
     parameters = {"rope_theta": reader.number("rope.freq_base", 10000.0)}
     kind = reader.choice("rope.scaling.type", ("none", "linear", "yarn"), "none")
     reader.ignore("rope.scaling.finetuned")
-    if kind == "none":
+    if kind == "none" and not set(FACTORS.values()) <= set(reader.tensors):
         return {**parameters, "rope_type": "default"}
+    if kind == "none":
+        return {
+            **parameters,
+            "rope_type": "longrope",
+            "original_max_position_embeddings": reader.size(_ORIGINAL),
+            "attention_factor": reader.number("rope.scaling.attn_factor", 1.0),
+        }
     parameters |= {"rope_type": kind, "factor": reader.number("rope.scaling.factor")}
     if kind == "yarn":
         parameters |= {
-            "original_max_position_embeddings": reader.size("rope.scaling.original_context_length"),
+            "original_max_position_embeddings": reader.size(_ORIGINAL),
             "beta_fast": reader.number(_BETA_FAST, 32.0),
             "beta_slow": reader.number(_BETA_SLOW, 1.0),
         }
@@ -57,10 +67,22 @@ def write_gguf_rope(rope: RopeConfig) -> dict[str, int | float | str]:
                 f"GGUF's yarn has truncate = True and attention_factor = {expected:g}, not {rope.truncate} and "
                 f"{rope.attention_factor:g}",
             )
-        keys |= {"rope.scaling.original_context_length": rope.original_max_position_embeddings}
+        keys |= {_ORIGINAL: rope.original_max_position_embeddings}
         keys |= {_BETA_FAST: float(rope.beta_fast)} if rope.beta_fast != 32 else {}
         keys |= {_BETA_SLOW: float(rope.beta_slow)} if rope.beta_slow != 1 else {}
+    if rope.kind == "longrope":
+        keys |= {_ORIGINAL: rope.original_max_position_embeddings}
+        keys |= {"rope.scaling.attn_factor": float(rope.attention_factor)}
     return {**keys, "rope.freq_base": rope.theta}
+
+
+def rope_tensors(rope: RopeConfig, head_dim: int) -> dict[str, np.ndarray]:
+    """What GGUF stores as tensors and HF in the config, float32 [R/2] each."""
+    if rope.kind == "llama3":
+        return {FREQUENCIES: rope_divisors(rope, head_dim)}
+    if rope.kind == "longrope":
+        return {tensor: np.asarray(getattr(rope, field), np.float32) for field, tensor in FACTORS.items()}
+    return {}
 
 
 def rope_divisors(rope: RopeConfig, head_dim: int) -> np.ndarray:

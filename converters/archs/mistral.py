@@ -1,6 +1,6 @@
 """Mistral 7B, Mistral Nemo and Mistral Small (text): https://huggingface.co/docs/transformers/model_doc/mistral
 
-GGUF has no architecture of this name: llama.cpp's converter writes "llama", and so do we. A window is refused there.
+GGUF has no architecture of this name: llama.cpp's converter writes "llama", and so do we.
 """
 
 from __future__ import annotations

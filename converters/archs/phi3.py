@@ -20,7 +20,9 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
 
 
 def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
-    return read_common_gguf(reader, whole_heads=False)
+    fields = read_common_gguf(reader, whole_heads=False)
+    original = fields["rope_parameters"].get("original_max_position_embeddings")
+    return fields if original is None else {**fields, "original_max_position_embeddings": original}
 
 
 def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:

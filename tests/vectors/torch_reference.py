@@ -45,6 +45,15 @@ def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(tokens)).logits.numpy()
 
 
+def greedy(model: Any, prompt: list[int], new: int) -> list[int]:
+    """The `new` tokens that transformers' own generation adds."""
+    ids = torch.tensor([prompt])
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0
+    )
+    return found[0, len(prompt) :].tolist()
+
+
 def all_gradients(model: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
     """Gradient of `loss` for every parameter, under its name in a checkpoint; a tied head's is in the embedding's.
 
