@@ -57,8 +57,18 @@ def _is_expert(name: str) -> bool:
 
 
 def _renamed(adapter: Adapter, names: dict[str, str]) -> Adapter:
-    if all(new == old for old, new in names.items()):
+    experts = [name for name in names.values() if _is_expert(name)]
+    if not experts:
         return adapter
     tensors = {f"{new}{part}": adapter.tensors[old + part] for old, new in names.items() for part in _PARTS}
-    targets = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names.values()))
+    # peft takes the names of experts' linears to mean experts only, so others of these names (a shared expert's, a
+    # dense layer's) are named with the module that they are in.
+    of_experts = {_ending(name, 1) for name in experts}
+    others = [name for name in names.values() if not _is_expert(name)]
+    targets = [_ending(name, 2 if _ending(name, 1) in of_experts else 1) for name in others]
+    targets = list(dict.fromkeys([*targets, *(_ending(name, 1) for name in experts)]))
     return Adapter({**adapter.config, "target_modules": targets}, tensors)
+
+
+def _ending(name: str, parts: int) -> str:
+    return ".".join(name.split(".")[-parts:])

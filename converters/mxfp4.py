@@ -12,7 +12,7 @@ take turns as rows of one X.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +23,7 @@ from converters.hf_export import write_hf
 from converters.hf_load import QUANTIZATION_CONFIG, HFCheckpoint
 from converters.merge import DerivedCheckpoint
 from jaxft.errors import JaxftError
-from jaxft.quant import MXFP4Tensor
+from jaxft.quant import MXFP4Tensor, QTensor
 from jaxft.quant.mxfp4 import BLOCK_SIZE
 
 if TYPE_CHECKING:
@@ -162,8 +162,8 @@ class _Stored(DerivedCheckpoint):
         if name not in self._of:
             return self._base.read(name)
         names, join, of_codes = self._of[name]
-        weights = [self._experts.expert(part) for part in names]
-        arrays = [np.asarray(weight.codes if of_codes else weight.scales) for weight in weights if weight is not None]
+        weights = filter(_is_mxfp4, map(self._experts.expert, names))
+        arrays = [np.asarray(weight.codes if of_codes else weight.scales) for weight in weights]
         return join(*arrays).reshape(self.tensors[name].shape)
 
     def _stored(self, name: str, info: TensorInfo) -> dict[str, TensorInfo]:
@@ -174,7 +174,7 @@ class _Stored(DerivedCheckpoint):
         experts, columns, rows = info.shape
         prefix, shape = name.removesuffix(stack.hf), (rows // len(stack.parts), columns // 2)
         parts = {f"{prefix}{part.format(e)}": shape for e in range(experts) for part in stack.parts}
-        if any(not isinstance(self._experts.expert(part), MXFP4Tensor) for part in parts):
+        if not all(_is_mxfp4(self._experts.expert(part)) for part in parts):
             return {}
         (source,) = stack.sources(parts)[0].values()
         scales = {part: (rows // len(stack.parts), columns // BLOCK_SIZE) for part in parts}
@@ -184,6 +184,10 @@ class _Stored(DerivedCheckpoint):
         blocks = (experts, rows, columns // BLOCK_SIZE, BLOCK_SIZE // 2)
         uint8 = np.dtype(np.uint8)
         return {name + _BLOCKS: TensorInfo(blocks, uint8), name + _SCALES: TensorInfo(blocks[:3], uint8)}
+
+
+def _is_mxfp4(weight: QTensor | None) -> TypeGuard[MXFP4Tensor]:
+    return isinstance(weight, MXFP4Tensor)
 
 
 def is_mxfp4(config: dict[str, Any]) -> bool:

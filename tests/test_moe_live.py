@@ -77,8 +77,20 @@ def test_hf_out_is_bit_equal(family: str, case: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(before[name], after[name], err_msg=name)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "olmoe", "mixtral"])
-def test_peft_computes_what_our_adapter_of_experts_does(family: str, tmp_path: Path) -> None:
+# peft makes rank and alpha patterns for the fused gate_up_proj itself, and then warns that they match no module.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        ("qwen3_moe", "experts"),
+        ("qwen3_moe", "dense layers between, biases"),
+        ("qwen2_moe", "shared expert"),
+        ("olmoe", "experts"),
+        ("mixtral", "experts"),
+    ],
+)
+def test_peft_computes_what_our_adapter_of_experts_does(family: str, case: str, tmp_path: Path) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -86,7 +98,7 @@ def test_peft_computes_what_our_adapter_of_experts_does(family: str, tmp_path: P
     from jaxft import lora
     from vectors import torch_reference
 
-    config = arch_config(family, smallest(family))
+    config = arch_config(family, case)
     folder, ids = write(tmp_path / "hf", config), tokens(config)
     model, _ = FastLanguageModel.from_pretrained(str(folder), load_in_4bit=False, dtype="float32")
     before = np.asarray(model(ids))
@@ -113,7 +125,7 @@ def test_adapters_of_stacked_experts_are_refused_by_name(tmp_path: Path) -> None
     folder = write(tmp_path / "hf", arch_config("gpt_oss", smallest("gpt_oss")))
     model, _ = FastLanguageModel.from_pretrained(str(folder), load_in_4bit=False, dtype="float32")
     FastLanguageModel.get_peft_model(model, r=2)
-    with pytest.raises(JaxftError, match=r"experts\.0\.gate_proj is a part of .*gate_up_proj"):
+    with pytest.raises(JaxftError, match=r"experts\.0\.\w+_proj is a part of"):
         model.save_pretrained(tmp_path / "adapter")
 
 

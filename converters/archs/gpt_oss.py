@@ -14,8 +14,19 @@ from jaxft.models.config import DecoderConfig, LayerType
 # gate and up in turn: columns 0, 2, 4, ... and 1, 3, 5, ...; weights are [in, out].
 _GATE_UP, _DOWN = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"), ("mlp.experts.{}.down_proj",)
 
+# Of transformers' GptOssConfig.
+_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
+    reader.default(_ROPE, "rope_parameters", "rope_scaling")
     fields = read_common(reader, theta=150000.0)
     layers, bias = fields["num_hidden_layers"], reader.take("attention_bias", True)
     alternating: list[LayerType] = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]

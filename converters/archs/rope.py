@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from converters.archs.base import ConfigReader
-from jaxft.models.config import RopeConfig
+from jaxft.models.config import RopeConfig, RopeKind
 
 
 def read_rope(
@@ -50,7 +50,7 @@ def rope_of(
     original = outer.get("original_max_position_embeddings") or original or max_position_embeddings
     rope = RopeConfig(
         theta=float(reader.take("rope_theta", outer["rope_theta"])),
-        kind=kind,
+        kind=cast(RopeKind, kind),
         partial_rotary_factor=reader.take("partial_rotary_factor", outer.get("partial_rotary_factor", 1.0)),
         interleaved=interleaved,
         **_KINDS[kind](reader, original, max_position_embeddings),

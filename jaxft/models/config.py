@@ -13,11 +13,6 @@ from jaxft.errors import JaxftError
 
 LayerType = Literal["full_attention", "sliding_attention"]
 MLPLayerType = Literal["dense", "sparse"]
-
-
-RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
-
-
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 

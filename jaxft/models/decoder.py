@@ -296,19 +296,6 @@ class Decoder(nnx.Module):
             lengths = lengths[:, None]
         return {name: rope_tables(rope, self.config.head_dim, positions, lengths) for name, rope in ropes.items()}
 
-    def _rotations(
-        self, positions: jax.Array, segment_ids: jax.Array | None, lengths: jax.Array | None
-    ) -> dict[str, tuple[jax.Array, jax.Array]]:
-        """cos and sin of each of the config's rotations."""
-        ropes = self.config.ropes
-        if not any(rope.depends_on_length for rope in ropes.values()):
-            lengths = None
-        elif lengths is None:
-            lengths = segment_lengths(positions, segment_ids)
-        else:
-            lengths = lengths[:, None]
-        return {name: rope_tables(rope, self.config.head_dim, positions, lengths) for name, rope in ropes.items()}
-
     def _run_segment(
         self, segment: Segment, carry: tuple[jax.Array, Any], info: SequenceInfo, dropout_key: jax.Array | None
     ) -> tuple[tuple[jax.Array, Any], list[Load]]:
