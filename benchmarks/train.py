@@ -1,7 +1,7 @@
 """`python -m benchmarks.train --model llama-3.1-8b --quant nf4 --shape 2x2048 --remat offload`: one train step, timed.
 
-Random weights of the real shapes, LoRA on all seven linears, random tokens, one document a row. Prints one JSON line
-with the peers' field names; --profile adds what the device spends a step on, kernel by kernel.
+Random weights of the real shapes, LoRA on all linears (experts too), random tokens, one document a row. Prints one JSON
+line with the peers' field names; --profile adds what the device spends a step on, kernel by kernel.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from flax import nnx
 from jaxft import console, lora, losses, optim
 from jaxft.data.batch import Batch, PolicyBatch
 from jaxft.models import labels, remat
-from jaxft.models.config import DecoderConfig, RopeConfig
+from jaxft.models.config import DecoderConfig, MoEConfig, RopeConfig
 from jaxft.models.decoder import Decoder, abstract_decoder
-from jaxft.models.params import is_quantizable, parameters
-from jaxft.quant.nf4 import NF4Tensor
+from jaxft.models.params import EXPERTS, is_quantizable, parameters
+from jaxft.quant import MXFP4Tensor, NF4Tensor
 from jaxft.train import auto_remat
 from jaxft.train.step import LossFunction, make_train_step
 from pallas_kernels import nf4
@@ -119,6 +119,71 @@ MODELS = {
         max_position_embeddings=16384,
         rms_norm_eps=1e-5,
         rope=RopeConfig(theta=250000.0),
+    ),
+    "qwen3-30b-a3b": DecoderConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=40960,
+        qk_norm="head",
+        rope=RopeConfig(theta=1000000.0),
+        moe=MoEConfig(
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=768,
+            norm_topk_prob=True,
+            router_aux_loss_coef=0.001,
+        ),
+    ),
+    "gpt-oss-20b": DecoderConfig(
+        vocab_size=201088,
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_hidden_layers=24,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        qkv_bias=True,
+        o_bias=True,
+        layer_types=("sliding_attention", "full_attention") * 12,
+        sliding_window=128,
+        attention_sinks=True,
+        rope=RopeConfig(
+            theta=150000.0,
+            kind="yarn",
+            factor=32.0,
+            truncate=False,
+            original_max_position_embeddings=4096,
+            attention_factor=1.3465735902799727,
+        ),
+        moe=MoEConfig(
+            num_experts=32,
+            num_experts_per_tok=4,
+            moe_intermediate_size=2880,
+            norm_topk_prob=True,
+            router_bias=True,
+            expert_bias=True,
+            expert_act="clamped_swiglu",
+            router_aux_loss_coef=0.9,
+        ),
+    ),
+    "tiny-moe": DecoderConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+        moe=MoEConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128, expert_bias=True),
+        mlp_layer_types=("dense", "sparse", "sparse", "sparse"),
     ),
     "tiny": DecoderConfig(
         vocab_size=4096,
@@ -255,7 +320,7 @@ def measure(prepared: Prepared, arguments: argparse.Namespace, tokens: int, reco
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.train", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
-    parser.add_argument("--quant", choices=("nf4", "none"), default="nf4")
+    parser.add_argument("--quant", choices=("nf4", "mxfp4", "none"), default="nf4", help="mxfp4: of experts alone")
     parser.add_argument("--shape", default="2x2048", help="rows x tokens")
     parser.add_argument("--remat", default="offload", help="a policy of jaxft.models.remat, or auto")
     parser.add_argument("--budget-gib", type=float, help="of --remat auto; what the device has if not given")
@@ -280,7 +345,7 @@ def memory(name: str) -> float | None:
 
 
 def random_decoder(config: DecoderConfig, quant: str) -> Decoder:
-    """A decoder of random bfloat16 weights, drawn on the device; NF4 ones as codes, never decoded."""
+    """A decoder of random bfloat16 weights, drawn on the device; quantized ones as codes, never decoded."""
     decoder = abstract_decoder(config, jnp.bfloat16)
     for index, (path, variable) in enumerate(parameters(decoder)):
         shape = variable.get_value().shape
@@ -289,6 +354,8 @@ def random_decoder(config: DecoderConfig, quant: str) -> Decoder:
             variable.set_value(jnp.full(shape, 1 - config.norm_weight_offset, jnp.bfloat16))
         elif quant == "nf4" and is_quantizable(path):
             variable.set_value(random_nf4(key, shape))
+        elif quant == "mxfp4" and EXPERTS in path and path[-1] == "weight":
+            variable.set_value(random_mxfp4(key, shape))
         else:
             variable.set_value(random_normal(key, shape))
     nnx.update(decoder, nnx.from_flat_state(parameters(decoder)))
@@ -316,6 +383,17 @@ def random_nf4(key: jax.Array, shape: tuple[int, int, int]) -> NF4Tensor:
         jnp.full((layers,), 0.04, jnp.float32),
         jnp.broadcast_to(jnp.asarray(nf4.QUANT_MAP), (layers, 16)),
         jnp.broadcast_to(jnp.asarray(nf4.NESTED_QUANT_MAP), (layers, 256)),
+        shape=(rows, columns),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def random_mxfp4(key: jax.Array, shape: tuple[int, int, int, int]) -> MXFP4Tensor:
+    """A stack of experts' MXFP4 weights whose values have a standard deviation of about 0.02."""
+    *stack, rows, columns = shape
+    return MXFP4Tensor(
+        jax.random.bits(key, (*stack, rows, columns // 2), jnp.uint8),
+        jnp.full((*stack, rows, columns // 32), 120, jnp.uint8),
         shape=(rows, columns),
     )
 

@@ -69,6 +69,15 @@ class QuantizedCheckpoint(Checkpoint, Protocol):
         ...
 
 
+@runtime_checkable
+class ExpertCheckpoint(Checkpoint, Protocol):
+    """A checkpoint that holds experts' weights in a form of `jaxft.quant`, which they keep in a decoder."""
+
+    def expert(self, name: str) -> QTensor | None:
+        """The decoder's weight of that name as it is stored; None where it is not quantized."""
+        ...
+
+
 def quantization_of(checkpoint: Checkpoint) -> str | None:
     """What reading undoes, in words ("GGUF Q4_K, Q6_K"); None where every tensor is read as it is stored.
 

@@ -28,7 +28,7 @@ from converters.streamed import StreamedDecoder
 from jaxft.errors import JaxftError
 from jaxft.files import new_file
 from jaxft.models.decoder import Decoder
-from jaxft.models.params import LAYERS, hf_name, is_quantizable, parameters
+from jaxft.models.params import LAYERS, hf_names, is_quantizable, parameters
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
@@ -110,7 +110,8 @@ def collect_rows(checkpoint: Checkpoint, tokens: np.ndarray, *, dataset: str, ba
     def run_layer(layer: int, decoder: Decoder, hidden: jax.Array, positions: jax.Array) -> jax.Array:
         hidden, squares = _observed_layer(*nnx.split(decoder), hidden, positions)
         for name, total in squares.items():
-            name = hf_name(tuple(name.split(".")), layer)
+            first, *_ = hf_names(tuple(name.split(".")), decoder.config)  # of the only layer of this decoder
+            name = first.replace(".0.", f".{layer}.", 1)
             by_layer[name] = by_layer.get(name, 0) + np.asarray(total)
         return hidden
 

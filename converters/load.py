@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from converters.archs import arch_of
-from converters.checkpoint import Checkpoint, QuantizedCheckpoint, check_tensors
+from converters.checkpoint import Checkpoint, ExpertCheckpoint, QuantizedCheckpoint, check_tensors
 from converters.layout import Layout
 from jaxft.console import progress
 from jaxft.errors import JaxftError
@@ -27,7 +27,7 @@ _FLOATS = {np.dtype(dtype) for dtype in (np.float64, np.float32, np.float16, ml_
 
 
 def load_decoder(checkpoint: Checkpoint, *, dtype: DTypeLike, quantization: str | None = None) -> Decoder:
-    """A Decoder with the checkpoint's weights, one tensor at a time.
+    """A Decoder with the checkpoint's weights, one tensor at a time; experts that are stored in MXFP4 stay so.
 
     Args:
       dtype: of every parameter that is not quantized.
@@ -45,6 +45,9 @@ def load_decoder(checkpoint: Checkpoint, *, dtype: DTypeLike, quantization: str 
 
         def read(name: str) -> np.ndarray | QTensor:
             advance(note=name)
+            expert = checkpoint.expert(name) if isinstance(checkpoint, ExpertCheckpoint) else None
+            if expert is not None:
+                return jax.tree.map(jnp.asarray, expert)
             stored = kept.quantized(name) if kept is not None and layout.is_same(name) else None
             return layout.decoder[name].read(checkpoint.read) if stored is None else jax.tree.map(jnp.asarray, stored)
 

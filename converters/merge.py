@@ -14,7 +14,7 @@ from converters.load import EMBEDDING, HEAD
 from converters.peft_io import Adapter, scale_of
 from jaxft.errors import JaxftError
 from jaxft.models.decoder import Decoder
-from jaxft.models.params import TensorView, tensor_views
+from jaxft.models.params import EXPERTS, TensorView, tensor_views
 from jaxft.quant import QTensor
 
 if TYPE_CHECKING:
@@ -62,6 +62,10 @@ class DecoderCheckpoint(DerivedCheckpoint):
     def quantized(self, name: str) -> QTensor | None:
         """The weight as the decoder holds it; None where it is not quantized, or not a weight of its own."""
         return self._views[name].quantized() if name in self._views else None
+
+    def expert(self, name: str) -> QTensor | None:
+        """The decoder's weight of that name, which HF may hold as a part of another, as `quantized` gives it."""
+        return self.quantized(name) if f".{EXPERTS}." in name else None
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the source's dtype."""

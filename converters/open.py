@@ -33,8 +33,11 @@ def open_checkpoint(name: Path | str) -> Checkpoint:
         return OrbaxCheckpoint(path)
     from converters.bnb import BnbCheckpoint
     from converters.hf_load import HFCheckpoint
+    from converters.mxfp4 import MXFP4Checkpoint, is_mxfp4
 
     stored = HFCheckpoint(path, accept_quantized=True)
+    if is_mxfp4(stored.config):
+        return MXFP4Checkpoint(stored)
     return BnbCheckpoint(stored) if stored.is_quantized else stored
 
 

@@ -270,6 +270,7 @@ class LanguageModel:
     def _adapter(self, make: Callable[..., tuple[lora.LoraConfig, dict[str, np.ndarray]]] = lora.to_save) -> Adapter:
         """The adapter as `make` gives it, of (decoder, lora_config)."""
         from converters.archs import arch_of
+        from converters.expert_adapters import experts_to_hf
         from converters.peft_io import make_adapter
         from converters.peft_layout import to_hf
 
@@ -279,7 +280,8 @@ class LanguageModel:
             )
         adapter = make_adapter(*make(self.decoder, self.lora_config), base_model_name_or_path=self.name)
         spec = arch_of(self.source.config["model_type"], self.name)
-        return to_hf(adapter, spec.tensors(self.decoder.config), spec.layout)
+        layout = spec.tensors(self.decoder.config)
+        return experts_to_hf(to_hf(adapter, layout, spec.layout), layout)
 
     def _merged(self, base: BaseWeights | str) -> Checkpoint:
         from converters.merge import DecoderCheckpoint, MergedCheckpoint
@@ -313,8 +315,9 @@ class FastLanguageModel:
             a name on the hub.
           max_seq_length: default length of training rows.
           dtype: of activations and of what is not quantized; None is bfloat16 on a GPU and float32 on a CPU.
-          load_in_4bit: keep the linears of the layers in NF4 with double quantization; weights that are stored in NF4
-            stay as they are. From 1 GiB on, the converted weights are kept in jaxft's cache folder for the next time.
+          load_in_4bit: keep the linears of the layers in NF4 with double quantization, experts left out; weights that
+            are stored in NF4 or MXFP4 stay as they are. From 1 GiB on, the converted weights are kept in jaxft's cache
+            folder for the next time.
           full_finetuning: every weight trains, in `dtype`, without an adapter; needs load_in_4bit=False.
           use_gradient_checkpointing: with full_finetuning, what `get_peft_model` calls so.
 
@@ -339,6 +342,12 @@ class FastLanguageModel:
             if load_in_4bit
             else load_decoder(source, dtype=dtype)
         )
+        if load_in_4bit and decoder.config.moe:
+            console.warn(
+                "the experts stay as they are stored; only the other linears are in NF4. A router that was trained with"
+                " exact experts sends tokens elsewhere when their outputs change, and few tokens train each expert:"
+                " LoRA over experts in bfloat16 is what works"
+            )
         tokenizer = source.tokenizer()
         if tokenizer is None:
             console.warn(f"{source.where} has no tokenizer files; the tokenizer is None")
@@ -493,11 +502,13 @@ def supported_models() -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
 
 def _load_adapter(model: LanguageModel, adapter: Adapter) -> None:
     from converters.archs import arch_of
+    from converters.expert_adapters import experts_to_decoder
     from converters.peft_io import lora_config_of
     from converters.peft_layout import to_decoder
 
     spec = arch_of(model.source.config["model_type"], model.name)
-    adapter = to_decoder(adapter, spec.tensors(model.decoder.config), spec.layout)
+    layout = spec.tensors(model.decoder.config)
+    adapter = to_decoder(experts_to_decoder(adapter, layout), layout, spec.layout)
     config = lora_config_of(adapter)
     lora.attach(model.decoder, config, key=jax.random.key(0))
     lora.load_adapter_tensors(model.decoder, adapter.tensors)

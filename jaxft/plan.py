@@ -30,9 +30,9 @@ from jaxft.models import labels
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
 from jaxft.models.layers import ROW_NORMS
-from jaxft.models.params import is_quantizable, parameters
+from jaxft.models.params import EXPERTS, is_quantizable, parameters
 from jaxft.models.remat import LAYER_INPUT, LayerPolicy, prefetches, spans
-from jaxft.quant import QUANTIZATIONS
+from jaxft.quant import QUANTIZATIONS, QTensor
 from pallas_kernels.attention_cudnn import number_of_groups
 from pallas_kernels.head_logits import default_chunk_size
 
@@ -131,8 +131,8 @@ def _bytes_per_token(decoder: Decoder) -> dict[str, int]:
         "v": kv_heads,
         "attn_out": heads,
         "mid": c.hidden_size,
-        "gate": c.intermediate_size if c.gated_mlp else 0,
-        "up": c.intermediate_size,
+        "gate": c.mlp_width if c.gated_mlp else 0,
+        "up": c.mlp_width,
         "lora_low_rank": ranks,
         ROW_NORMS: 0,  # nothing for a token
     }
@@ -159,14 +159,26 @@ def _working_set(
     hidden = tokens * c.hidden_size * size
     heads, kv_heads = tokens * per_token["q"], tokens * per_token["k"]
     one_mlp_weight = c.hidden_size * c.intermediate_size * size
+    # Of experts: a row for each choice, sorted and not, there and back; weights are read where they lie, or decoded.
+    sorted_rows = 4 * hidden * c.moe.num_experts_per_tok if c.moe else 0
+    decoded = _decoded_experts(decoder) if c.moe else 0
     attention_weights = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) * size
     recomputes_attention = not (layer.everything or {"q", "k", "v"} <= {*layer.kept, *layer.offloaded})
     weights = (3 if layer.tile else 2) * one_mlp_weight + recomputes_attention * attention_weights
-    wide = 3 * min(layer.tile or tokens, tokens) * c.intermediate_size * size
-    mlp = 6 * hidden + 2 * heads + 2 * kv_heads + wide + weights + PRODUCT_WORKSPACE
+    wide = 3 * min(layer.tile or tokens, tokens) * c.mlp_width * size
+    mlp = 6 * hidden + 2 * heads + 2 * kv_heads + wide + weights + sorted_rows + decoded + PRODUCT_WORKSPACE
     fetched = tokens * sum(per_token[name] for name in layer.offloaded) if prefetches(policy) else 0
     attention = 3 * hidden + 3 * heads + 2 * kv_heads + attention_weights + fetched
     return max(mlp, attention + _attention_scratch(c, rows, length, dtype))
+
+
+def _decoded_experts(decoder: Decoder) -> int:
+    """Bytes of the largest matrix of a layer's experts in the activations' dtype, where they are quantized."""
+    c = decoder.config
+    quantized = any(EXPERTS in path and isinstance(v.get_value(), QTensor) for path, v in parameters(decoder))
+    if c.moe is None or not quantized:
+        return 0
+    return c.moe.num_experts * c.moe.moe_intermediate_size * c.hidden_size * _dtype(decoder).itemsize
 
 
 def _attention_scratch(config: Any, rows: int, length: int, dtype: Any) -> int:

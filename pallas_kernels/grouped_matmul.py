@@ -26,7 +26,7 @@ those of an expert's weight are both still in the L2 cache when they are read ag
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,8 @@ def grouped_matmul(
     Args:
       x: [M, in], sorted by expert.
       weight: array [E, out, in] of any float dtype, or a pytree with a method `dequantize(dtype) -> [E, out, in]`,
-        which is taken to be frozen and decoded again in the backward pass.
+        which is taken to be frozen and decoded again in the backward pass. One that also has `stack` [L, E, out, in]
+        and `layer`, an int32 scalar, is read out of the stack by the kernel, if the stack is of x's dtype.
       group_sizes: int32 [E], how many rows belong to each expert; at most M in all. Rows beyond them give zeros.
       lora_A, lora_B: [E, r, in] and [E, out, r], or both None. Their gradients come in their own dtype.
       scale: lora_alpha / r; a constant, it gets no gradient.
@@ -89,9 +90,24 @@ def grouped_matmul(
     return GROUPED_MATMUL(x, weight, group_sizes, lora_A, lora_B, scale=scale, implementation=implementation)
 
 
-def _decoded(weight: Any, dtype: Any) -> jax.Array:
-    """[E, out, in] in `dtype`."""
-    return weight.dequantize(dtype) if hasattr(weight, "dequantize") else weight.astype(dtype)
+class _Experts(NamedTuple):
+    """Weights [X, out, in] of which those from `first` on are the experts'; None: from the first."""
+
+    values: jax.Array
+    first: jax.Array | None = None
+
+    def decoded(self, count: int) -> jax.Array:
+        """The weights [E, out, in] of `count` experts."""
+        if self.first is None:
+            return self.values
+        return jax.lax.dynamic_slice_in_dim(self.values, self.first, count)
+
+
+def _experts(weight: Any, dtype: Any, count: int) -> _Experts:
+    """The weights in `dtype`; where they lie in a stack of layers of that dtype, nothing is copied."""
+    if getattr(getattr(weight, "stack", None), "dtype", None) == dtype:
+        return _Experts(weight.stack.reshape(-1, *weight.stack.shape[2:]), count * weight.layer.astype(jnp.int32))
+    return _Experts(weight.dequantize(dtype) if hasattr(weight, "dequantize") else weight.astype(dtype))
 
 
 # --- the rule, for every implementation of the two products -------------------------------------------------------
@@ -121,11 +137,12 @@ def _grouped(products, x, weight, group_sizes, lora, scale):
 def _forward(products, x, weight, group_sizes, lora, scale):
     """(y, h): h is None without an adapter."""
     groups = products(x, group_sizes)
+    experts = _experts(weight, x.dtype, group_sizes.shape[0])
     if lora is None:
-        return groups.times(x, _decoded(weight, x.dtype), transposed=True), None
+        return groups.times(x, experts, transposed=True), None
     lora_A, lora_B = (factor.astype(x.dtype) for factor in lora)
-    h = groups.times(x, lora_A, scale=scale, transposed=True)
-    return groups.times(x, _decoded(weight, x.dtype), (h, lora_B), transposed=True), h
+    h = groups.times(x, _Experts(lora_A), scale=scale, transposed=True)
+    return groups.times(x, experts, (h, lora_B), transposed=True), h
 
 
 def _fwd(products, x, weight, group_sizes, lora, scale):
@@ -139,13 +156,13 @@ def _fwd(products, x, weight, group_sizes, lora, scale):
 def _bwd(products, residuals, g):
     x, weight, group_sizes, lora, scale, h, weight_trains = residuals
     groups = products(g, group_sizes)
-    decoded = _decoded(weight, g.dtype)
+    experts = _experts(weight, g.dtype, group_sizes.shape[0])
     d_weight = groups.sums(g, x, weight.dtype) if weight_trains else None
     if lora is None:
-        return groups.times(g, decoded, transposed=False), d_weight, None, None, None
+        return groups.times(g, experts, transposed=False), d_weight, None, None, None
     lora_A, lora_B = (factor.astype(g.dtype) for factor in lora)
-    d_h = groups.times(g, lora_B, scale=scale, transposed=False)
-    d_x = groups.times(g, decoded, (d_h, lora_A), transposed=False)
+    d_h = groups.times(g, _Experts(lora_B), scale=scale, transposed=False)
+    d_x = groups.times(g, experts, (d_h, lora_A), transposed=False)
     d_lora = groups.sums(d_h, x, lora[0].dtype), groups.sums(g, h, lora[1].dtype)
     return d_x, d_weight, None, d_lora, None
 
@@ -163,7 +180,8 @@ class _Ragged:
         self.group_sizes = group_sizes
 
     def times(self, rows, experts, low_rank=None, scale=None, *, transposed):
-        y = self._product(rows, experts, ((1,), (2 if transposed else 1,)), grouped=(0,))
+        weights = experts.decoded(self.group_sizes.shape[0])
+        y = self._product(rows, weights, ((1,), (2 if transposed else 1,)), grouped=(0,))
         if low_rank is not None:
             h, factor = low_rank
             y = y + self._product(h, factor, ((1,), (2 if transposed else 1,)), grouped=(0,))
@@ -202,18 +220,18 @@ class _Tiled:
         self.group_sizes = group_sizes
 
     def times(self, rows, experts, low_rank=None, scale=None, *, transposed, block=None, num_warps=None, num_stages=3):
-        (num_rows, size_k), (num_experts, *size) = rows.shape, experts.shape
+        (num_rows, size_k), size, num_experts = rows.shape, experts.values.shape[1:], self.group_sizes.shape[0]
         size_n = size[0] if transposed else size[1]
         out = jax.ShapeDtypeStruct((num_rows, size_n), rows.dtype)
         if 0 in (num_rows, size_k, size_n, num_experts):
             return jnp.zeros(out.shape, out.dtype)
         block_m, block_n, block_k = block or _times_block(num_rows // num_experts, size_n, size_k, rows.dtype)
-        tiles = _row_tiles(self.group_sizes, num_rows, block_m)
+        tiles = _row_tiles(self.group_sizes, num_rows, block_m, experts.first)
         return backend.call(
             _grouped_matmul_kernel,
             tiles,
             rows,
-            experts,
+            experts.values,
             *(() if low_rank is None else _padded_rank(low_rank, transposed)),
             *(() if scale is None else (scale.reshape(1),)),
             out=out,
@@ -223,6 +241,7 @@ class _Tiled:
             block_m=block_m,
             block_n=block_n,
             block_k=block_k,
+            num_experts=num_experts,
             transposed=transposed,
             has_low_rank=low_rank is not None,
         )
@@ -275,8 +294,11 @@ def _starts(group_sizes: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(group_sizes, dtype=jnp.int32)])
 
 
-def _row_tiles(group_sizes: jax.Array, num_rows: int, block: int) -> jax.Array:
-    """int32 [3, tiles]: expert, first row and row to stop at; expert E gets zeros, and a tile without rows is idle."""
+def _row_tiles(group_sizes: jax.Array, num_rows: int, block: int, first: jax.Array | None = None) -> jax.Array:
+    """int32 [4, tiles]: expert, first row, row to stop at, and where the expert's weight is.
+
+    Expert E gets zeros, and a tile without rows is idle.
+    """
     starts = _starts(group_sizes)
     stops = jnp.concatenate([starts[1:], jnp.full(1, num_rows, jnp.int32)])
     last_tiles = jnp.cumsum((stops - starts + block - 1) // block, dtype=jnp.int32)
@@ -286,7 +308,8 @@ def _row_tiles(group_sizes: jax.Array, num_rows: int, block: int) -> jax.Array:
     group = jnp.sum(last_tiles[None, :] <= tile[:, None], axis=1, dtype=jnp.int32)
     known = jnp.minimum(group, group_sizes.shape[0])
     start = starts[known] + (tile - first_tiles[known]) * block
-    return jnp.stack([known, start, jnp.where(group == known, stops[known], start)])
+    weight = jnp.minimum(known, group_sizes.shape[0] - 1) + (0 if first is None else first)
+    return jnp.stack([known, start, jnp.where(group == known, stops[known], start), weight])
 
 
 def _padded_rank(low_rank: tuple[jax.Array, jax.Array], transposed: bool) -> tuple[jax.Array, jax.Array]:
@@ -298,7 +321,16 @@ def _padded_rank(low_rank: tuple[jax.Array, jax.Array], transposed: bool) -> tup
 
 
 def _grouped_matmul_kernel(
-    tiles_ref, x_ref, w_ref, *refs, block_m: int, block_n: int, block_k: int, transposed: bool, has_low_rank: bool
+    tiles_ref,
+    x_ref,
+    w_ref,
+    *refs,
+    block_m: int,
+    block_n: int,
+    block_k: int,
+    num_experts: int,
+    transposed: bool,
+    has_low_rank: bool,
 ) -> None:
     """One tile [block_m, block_n] of the result.
 
@@ -306,39 +338,42 @@ def _grouped_matmul_kernel(
     only masks will do, because Triton loads several elements at once where it sees that their indices are consecutive.
     """
     low_rank_refs, scale_refs, out_ref = refs[: 2 * has_low_rank], refs[2 * has_low_rank : -1], refs[-1]
-    (num_rows, size_k), num_experts, size_n = x_ref.shape, w_ref.shape[0], out_ref.shape[1]
+    (num_rows, size_k), size_n = x_ref.shape, out_ref.shape[1]
     tile, n_tile = _swizzled(backend.program_id(0), _cdiv(size_n, block_n))
-    expert, start, stop = (tiles_ref[row, tile] for row in range(3))
+    expert, start, stop, weight = (tiles_ref[row, tile] for row in range(4))
     row, n = start + jnp.arange(block_m), n_tile * block_n + jnp.arange(block_n)
     row_read, expert_read = jnp.minimum(row, num_rows - 1), jnp.minimum(expert, num_experts - 1)
     inside_n = None if size_n % block_n == 0 else (n < size_n)[None, :]
 
-    def operands(left_ref: Any, right_ref: Any, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """left_ref [M, K] at the tile's rows and k, right_ref [E, N, K] or [E, K, N] at its columns and k."""
+    def operands(left_ref: Any, right_ref: Any, which: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """left_ref [M, K] at the tile's rows and k, right_ref [X, N, K] or [X, K, N] at `which`, its columns and k."""
         size = left_ref.shape[1]
         ragged = size % len(k) != 0
         inside = (k < size)[None, :] if ragged else None
         left = _load(left_ref.at[row_read[:, None], k[None, :]], inside)
         if transposed:
-            return left, _load(right_ref.at[expert_read, jnp.minimum(n, size_n - 1)[:, None], k[None, :]], inside)
+            return left, _load(right_ref.at[which, jnp.minimum(n, size_n - 1)[:, None], k[None, :]], inside)
         # A k beyond the edge meets zeros on the left, so its row only has to exist.
         k_read = jnp.minimum(k, size - 1) if ragged else k
-        return left, _load(right_ref.at[expert_read, k_read[:, None], n[None, :]], inside_n)
+        return left, _load(right_ref.at[which, k_read[:, None], n[None, :]], inside_n)
 
-    def add(left_ref: Any, right_ref: Any, block: int, step: jax.Array, sum: jax.Array) -> jax.Array:
-        left, right = operands(left_ref, right_ref, step * block + jnp.arange(block))
+    def add(left_ref: Any, right_ref: Any, which: jax.Array, block: int, step: jax.Array, sum: jax.Array) -> jax.Array:
+        left, right = operands(left_ref, right_ref, which, step * block + jnp.arange(block))
         return sum + backend.dot(left, right, trans_y=transposed)
 
     block_rank = min(low_rank_refs[0].shape[1], LOW_RANK_BLOCK) if has_low_rank else 0
     # Loaded before the loop, so that they arrive during it.
-    low_rank = operands(low_rank_refs[0], low_rank_refs[1], jnp.arange(block_rank)) if has_low_rank else None
+    ranks = jnp.arange(block_rank)
+    low_rank = operands(low_rank_refs[0], low_rank_refs[1], expert_read, ranks) if has_low_rank else None
     steps = jnp.where((expert < num_experts) & (start < stop), jnp.int32(_cdiv(size_k, block_k)), jnp.int32(0))
     sum = jnp.zeros((block_m, block_n), jnp.float32)
-    sum = jax.lax.fori_loop(jnp.int32(0), steps, functools.partial(add, x_ref, w_ref, block_k), sum)
+    sum = jax.lax.fori_loop(jnp.int32(0), steps, functools.partial(add, x_ref, w_ref, weight, block_k), sum)
     if low_rank is not None:
         sum = sum + backend.dot(*low_rank, trans_y=transposed)
         more = jnp.int32(low_rank_refs[0].shape[1] // block_rank)
-        sum = jax.lax.fori_loop(jnp.int32(1), more, functools.partial(add, *low_rank_refs, block_rank), sum)
+        sum = jax.lax.fori_loop(
+            jnp.int32(1), more, functools.partial(add, *low_rank_refs, expert_read, block_rank), sum
+        )
         sum = jnp.where(expert < num_experts, sum, 0)
     if scale_refs:
         sum = scale_refs[0][0] * sum

@@ -11,6 +11,7 @@ import numpy as np
 
 from llama_cases import CASES as LLAMA_CASES
 from llama_cases import case_tokens
+from moe_cases import MOE_CASES
 from tiny import hf_config
 
 TOKENS = (2, 13)
@@ -197,6 +198,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "no biases": {**_DERIVED_HEADS, **_STARCODER2, "use_bias": False},
     },
+    **MOE_CASES,
 }
 # Fields of `hf_config`, llama's, that other families do not have.
 _LLAMAS_OWN = ("attention_bias", "mlp_bias", "head_dim")
@@ -238,7 +240,8 @@ GGUF_CASES = {
     (family, case)
     for family, cases in CASES.items()
     for case in cases
-    if (family, case)
+    if family not in MOE_CASES
+    and (family, case)
     not in {
         ("llama", "dynamic"),
         ("qwen3", "yarn, biases"),

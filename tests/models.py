@@ -19,7 +19,7 @@ from jaxft.models import labels
 from jaxft.models.attention import KVCache
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
-from jaxft.models.params import LAYERS, build_decoder, hf_names
+from jaxft.models.params import build_decoder, hf_names, stack_shape, unstack
 from llama_cases import ALPHA, RANK, adapter
 from tiny import hf_config, random_tensors
 
@@ -104,9 +104,8 @@ def hf_gradients(gradients: nnx.State, hf: dict[str, Any]) -> dict[str, np.ndarr
     config = decoder_config(hf)
     found: dict[str, np.ndarray] = {}
     for path, variable in nnx.to_flat_state(gradients):
-        value = np.asarray(variable.get_value())
-        names = hf_names(path, config.num_hidden_layers)
-        found |= dict(zip(names, value if LAYERS in path else [value], strict=True))
+        values = unstack(np.asarray(variable.get_value()), len(stack_shape(path, config)))
+        found |= dict(zip(hf_names(path, config), values, strict=True))
     layout = arch_of(hf["model_type"], "test").tensors(config)
     return {name: source.read(found.__getitem__) for name, source in layout.hf.items()}
 

@@ -26,6 +26,7 @@ from jaxft.generate import generate
 from language_models import rms
 from llamacpp import LlamaCpp
 from models import batch_of, decoder_of, hf_gradients, hidden_states, plain_examples, relative_l2, through_cache
+from moe_cases import MOE_CASES
 from pinned import LLAMA_CPP, LLAMA_CPP_DECLARATIONS
 from test_archs import TOLERANCE, loss_and_logits, train_everything
 from tiny import random_tensors, write_tiny_hf
@@ -95,7 +96,7 @@ def test_gguf_computes_the_same_in_llama_cpp(family: str, case: str, tmp_path: P
     source = HFCheckpoint(write_tiny_hf(tmp_path / "hf", config))
     path = tmp_path / "model.gguf"
     if (family, case) not in GGUF_CASES:
-        with pytest.raises(JaxftError, match=r"GGUF arch"):
+        with pytest.raises(JaxftError, match="GGUF"):
             write_gguf(source, path, "f32")
         return
     write_gguf(source, path, "f32")
@@ -118,7 +119,7 @@ def test_gguf_computes_the_same_in_llama_cpp(family: str, case: str, tmp_path: P
     np.testing.assert_allclose(hidden_states(again, ids), hidden_states(decoder, ids), atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", [family for family in CASES if family not in MOE_CASES])  # those: test_moe_live.py
 def test_peft_adapters_in_and_out(family: str, tmp_path: Path) -> None:
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model

@@ -128,7 +128,8 @@ def with_windows(pattern: str) -> DecoderConfig:
         ("fff", [(0, 3, "f")]),
         ("sfsf", [(0, 4, "sf")]),
         ("ssfssfs", [(0, 6, "ssf"), (6, 7, "s")]),
-        ("sff", [(0, 3, "sff")]),
+        ("sff", [(0, 1, "s"), (1, 3, "f")]),
+        ("ffsfsfsf", [(0, 2, "f"), (2, 8, "sf")]),
     ],
 )
 def test_layers_become_few_scans(pattern, expected):
@@ -139,11 +140,12 @@ def test_layers_become_few_scans(pattern, expected):
 
 
 def test_layers_of_different_policies_are_scans_of_their_own():
-    found = segments(with_windows("sfsfs"), "full+none*3")
+    found = segments(with_windows("sfsfsfs"), "full+none*3")
     assert [(s.start, s.stop, len(s.pattern), s.policy.everything) for s in found] == [
-        (0, 2, 2, False),
-        (2, 4, 2, True),
+        (0, 4, 2, False),
         (4, 5, 1, True),
+        (5, 6, 1, True),
+        (6, 7, 1, True),
     ]
 
 

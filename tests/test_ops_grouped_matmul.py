@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import functools
 import importlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,8 @@ MORE_SIZES = [(0, 0, 0), (16, 1, 15), (0, 0, 40), (1, 1, 1), (32, 8, 0)]
 @pytest.mark.parametrize("sizes", [(7, 0, 3), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in MORE_SIZES)])
 def test_tiles_cover_every_row_once_and_cross_no_edge(sizes: tuple[int, ...]) -> None:
     rows, block = 40, 16
-    expert, start, stop = np.asarray(module._row_tiles(jnp.array(sizes, jnp.int32), rows, block))
+    expert, start, stop, weight = np.asarray(module._row_tiles(jnp.array(sizes, jnp.int32), rows, block, jnp.int32(6)))
+    np.testing.assert_array_equal(weight, 6 + np.minimum(expert, 2))
     ends = np.cumsum(sizes)
     covered = []
     for e, first, last in zip(expert, start, stop, strict=True):
@@ -101,6 +103,31 @@ def test_a_quantized_weight_gets_no_gradient_and_is_kept_as_codes(implementation
     assert not [leaf for leaf in jax.tree.leaves(back) if leaf.shape == (3, 24, 20) and leaf.dtype != jnp.int8]
 
 
+class InStack(NamedTuple):
+    """One layer of a stack of weights, as a decoder's `LayerView`."""
+
+    stack: jax.Array
+    layer: jax.Array
+
+    def dequantize(self, dtype):
+        return self.stack[self.layer].astype(dtype)
+
+
+@pytest.mark.parametrize("implementation", KERNEL_FIRST)
+def test_a_weight_is_read_out_of_a_stack_of_layers(implementation: str) -> None:
+    """As from a layer of its own, and the kernel's program holds no copy of the layer."""
+    rng = np.random.default_rng(0)
+    stack = jnp.asarray(rng.standard_normal((3, 2, 8, 16)), jnp.float32)
+    x, sizes = jnp.asarray(rng.standard_normal((9, 16)), jnp.float32), jnp.array([4, 3], jnp.int32)
+    run = functools.partial(grouped_matmul, x, group_sizes=sizes, implementation=implementation)
+    of_stack = lambda stack, layer: run(InStack(stack, layer))  # noqa: E731
+    compiled = jax.jit(of_stack, compiler_options={"xla_backend_optimization_level": 0})
+    np.testing.assert_allclose(compiled(stack, jnp.int32(1)), run(stack[1], implementation="xla"), rtol=0, atol=1e-5)
+    jaxpr = jax.make_jaxpr(of_stack)(stack, jnp.int32(1))
+    shapes = [getattr(out.aval, "shape", None) for equation in all_equations(jaxpr) for out in equation.outvars]
+    assert ((2, 8, 16) in shapes) == (implementation == "xla")
+
+
 def test_no_weight_gradient_unless_it_is_asked_for() -> None:
     case = GROUPED_MATMUL.cases[0]
     arguments = arguments_of(case)
@@ -137,7 +164,8 @@ def test_several_tiles_and_blocks_of_ranks(transposed: bool) -> None:
     h = jnp.asarray(rng.standard_normal((rows, rank)), jnp.float32)
     factor = jnp.asarray(rng.standard_normal((4, 88, rank) if transposed else (4, rank, 88)), jnp.float32)
     products = module._Tiled(x, group_sizes)
-    got = products.times(x, weight, (h, factor), jnp.float32(0.5), transposed=transposed, block=(16, 32, 16))
+    experts = module._Experts(weight)
+    got = products.times(x, experts, (h, factor), jnp.float32(0.5), transposed=transposed, block=(16, 32, 16))
     # The low-rank term is more columns of x and of the weight.
     joined = np.concatenate([weight, factor], axis=2 if transposed else 1).astype(np.float64)
     wide, dense = np.concatenate([x, h], axis=1).astype(np.float64), joined if transposed else joined.swapaxes(1, 2)

@@ -7,13 +7,19 @@ from converters.archs.cohere import COHERE
 from converters.archs.gemma import GEMMA
 from converters.archs.gemma2 import GEMMA2
 from converters.archs.gemma3 import GEMMA3
+from converters.archs.gpt_oss import GPT_OSS
 from converters.archs.granite import GRANITE
+from converters.archs.granitemoe import GRANITE_MOE
 from converters.archs.llama import LLAMA
 from converters.archs.mistral import MISTRAL
+from converters.archs.mixtral import MIXTRAL
 from converters.archs.olmo2 import OLMO2
+from converters.archs.olmoe import OLMOE
 from converters.archs.phi3 import PHI3
 from converters.archs.qwen2 import QWEN2
+from converters.archs.qwen2_moe import QWEN2_MOE
 from converters.archs.qwen3 import QWEN3
+from converters.archs.qwen3_moe import QWEN3_MOE
 from converters.archs.smollm3 import SMOLLM3
 from converters.archs.starcoder2 import STARCODER2
 from jaxft.errors import JaxftError
@@ -34,6 +40,12 @@ ARCHS: dict[str, ArchSpec] = {
         SMOLLM3,
         COHERE,
         STARCODER2,
+        MIXTRAL,
+        QWEN2_MOE,
+        QWEN3_MOE,
+        OLMOE,
+        GRANITE_MOE,
+        GPT_OSS,
     )
 }
 

@@ -43,6 +43,11 @@ class ConfigReader:
             return default
         return value
 
+    def default(self, value: dict[str, Any], *names: str) -> None:
+        """What the first of these fields is where none of them says anything."""
+        if all(self._left.get(name) is None for name in names):
+            self._left[names[0]] = value
+
     def refuse(self, name: str, value: Any, supported: str) -> JaxftError:
         """The error for a value that is known to HF but not implemented here."""
         return JaxftError(f"{self._where}, field {name}", f"the value {value!r} is not supported (only {supported})")

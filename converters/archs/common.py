@@ -122,7 +122,7 @@ def read_common_gguf(
 # What the keys of `write_common_gguf`, or the tensors that are there, say of any architecture.
 _SAID = frozenset(
     """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    max_position_embeddings rms_norm_eps tie_word_embeddings sliding_window rope""".split()  # noqa: SIM905
+    max_position_embeddings rms_norm_eps tie_word_embeddings sliding_window rope mlp_layer_types""".split()  # noqa: SIM905
 )
 
 

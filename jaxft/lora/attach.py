@@ -34,7 +34,7 @@ from jaxft.lora.targets import (
 )
 from jaxft.models.decoder import Decoder
 from jaxft.models.labels import set_trainable
-from jaxft.models.layers import Constant, Embedding, Linear
+from jaxft.models.layers import Constant, Embedding, ExpertLinear, Linear
 
 
 def attach(
@@ -118,6 +118,14 @@ def _norms(weight: Any, squared: jax.Array, A: jax.Array, B: jax.Array, scale: A
 
 
 def _check_settings(config: LoraConfig, found: dict[str, Target]) -> None:
+    experts = {path: target for path, target in found.items() if isinstance(target.module, ExpertLinear)}
+    if any(len(set(target.scales)) > 1 for target in experts.values()):
+        raise JaxftError("target_modules", "experts have one rank and one scale in all layers, or no adapters")
+    for name, plain in (("lora_dropout", 0.0), ("use_dora", False)):
+        if experts and getattr(config, name) != plain:
+            raise JaxftError(name, "is not there for experts", f"Set it to {plain}, or target no experts")
+    if experts and config.init_lora_weights not in (True, "gaussian"):
+        raise JaxftError("init_lora_weights", "of experts can be True or gaussian only", "Or target no experts")
     partial = [path for path, target in found.items() if not all(target.ranks)]
     if config.bias == "lora_only" and any(getattr(found[path].module, "bias", None) is not None for path in partial):
         raise JaxftError("bias", "lora_only needs all layers of a module or none", "Leave layers_to_transform out")

@@ -114,7 +114,7 @@ def _from_weights(target: Target, config: LoraConfig, key: jax.Array, weights: R
         if rank == 0 and not loftq:
             bases.append(_like(kept, original) if isinstance(kept, QTensor) else base)
     A, B = (jnp.stack(each) if target.stack else each[0] for each in zip(*factors, strict=True))
-    weight = None if loftq else stack(bases) if target.stack else bases[0]
+    weight = None if loftq else stack(bases, target.stack) if target.stack else bases[0]
     return Start(A, B, weight, is_base=True)
 
 

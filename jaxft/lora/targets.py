@@ -11,7 +11,7 @@ from jaxft.errors import JaxftError
 from jaxft.lora.config import ALL_LINEAR, EVERY_LINEAR, LoraConfig, matches
 from jaxft.models.decoder import Decoder
 from jaxft.models.layers import Embedding, Linear
-from jaxft.models.params import LAYERS, hf_names
+from jaxft.models.params import LAYERS, hf_names, stack_shape
 from jaxft.quant import QTensor
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -24,20 +24,16 @@ class Target(NamedTuple):
 
     Attributes:
       module: the Linear (of a stack of layers, but for the head) or the Embedding.
-      names: the HF paths of the modules behind it, one a layer.
+      names: the HF paths of the modules behind it, one a layer, of experts one for each of them in each layer.
       ranks, scales: of each; 0 where there is no adapter.
+      stack: the leading axes of its parameters: (), (L,), or of experts (L, E).
     """
 
     module: Module
     names: tuple[str, ...]
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """The leading axes of its parameters."""
-        weight = self.module.weight.get_value()
-        return (len(self.names),) if isinstance(weight, QTensor) or weight.ndim > 2 else ()
+    stack: tuple[int, ...]
 
 
 def modules(decoder: Decoder) -> dict[str, Module]:
@@ -85,18 +81,19 @@ def targets(decoder: Decoder, config: LoraConfig) -> dict[str, Target]:
     config = resolved(decoder, config)
     found: dict[str, Target] = {}
     for path, module in modules(decoder).items():
-        names = tuple(hf_names(tuple(path.split(".")), decoder.config.num_hidden_layers))
+        parts = tuple(path.split("."))
+        names = tuple(hf_names(parts, decoder.config))
         ranks = tuple(config.rank_of(name) if config.is_target(name) else 0 for name in names)
         if any(ranks):
             scales = tuple(config.scale_of(name) if rank else 0.0 for name, rank in zip(names, ranks, strict=True))
-            found[path] = Target(module, names, ranks, scales)
+            found[path] = Target(module, names, ranks, scales, stack_shape(parts, decoder.config))
     _check_names(decoder, config, found)
     return found
 
 
 def _check_names(decoder: Decoder, config: LoraConfig, found: dict[str, Target]) -> None:
-    wanted, layers = config.target_modules, decoder.config.num_hidden_layers
-    every = [name for path in modules(decoder) for name in hf_names(tuple(path.split(".")), layers)]
+    wanted = config.target_modules
+    every = [name for path in modules(decoder) for name in hf_names(tuple(path.split(".")), decoder.config)]
     for name in (wanted,) if isinstance(wanted, str) else wanted:
         if not any(matches(wanted if isinstance(wanted, str) else (name,), one) for one in every):
             there = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in modules(decoder)}))
@@ -124,11 +121,10 @@ def saved_parameters(decoder: Decoder, config: LoraConfig) -> frozenset[str]:
     """
     found: set[str] = set()
     unmatched = set(config.modules_to_save)
-    layers = decoder.config.num_hidden_layers
     adapted = targets(decoder, config)
     for path, variable in base_parameters(decoder):
         module, name = ".".join(map(str, path[:-1])), str(path[-1])
-        names = hf_names(path[:-1], layers)
+        names = hf_names(path[:-1], decoder.config)
         if decoder.lm_head is None and module == EMBEDDING and config.is_saved("lm_head"):
             names = ["lm_head"]  # they are one
         chosen = [config.is_saved(one) for one in names]

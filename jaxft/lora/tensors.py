@@ -17,7 +17,7 @@ from jaxft.lora.targets import Module, base_parameters, modules
 from jaxft.models.decoder import Decoder
 from jaxft.models.labels import is_trainable
 from jaxft.models.layers import Linear
-from jaxft.models.params import LAYERS, hf_names
+from jaxft.models.params import hf_names, stack_shape
 from jaxft.quant import QTensor
 
 # The attributes of a module that make up its adapter: how PEFT's name for each ends, and which axis has the rank.
@@ -35,21 +35,22 @@ class _Part(NamedTuple):
     """One variable behind an adapter's tensors.
 
     Attributes:
-      variable: its value may be a stack of layers.
+      variable: its value may be a stack of layers, and of experts in each.
+      stack: its leading axes.
       names: of the tensors, in the stack's order.
       ranks: of each; 0 where there is no tensor. None: every entry is a tensor, all of it.
       axis: which one the rank cuts.
     """
 
     variable: nnx.Variable
+    stack: tuple[int, ...]
     names: list[str]
     ranks: tuple[int, ...] | None
     axis: int | None
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """(name, values) of each."""
-        value = np.asarray(self.variable.get_value())
-        entries = value if self._is_stack else value[None]
+        entries = self._entries(np.asarray(self.variable.get_value()))
         for index, (name, entry) in enumerate(zip(self.names, entries, strict=True)):
             rank = None if self.ranks is None else self.ranks[index]
             if rank != 0:
@@ -59,7 +60,7 @@ class _Part(NamedTuple):
         """The inverse of `tensors`; where there is none the values stay."""
         old = self.variable.get_value()
         new = np.array(old)
-        entries = new if self._is_stack else new[None]
+        entries = self._entries(new)
         for index, name in enumerate(self.names):
             if name in tensors:
                 entry = entries[index]
@@ -68,9 +69,9 @@ class _Part(NamedTuple):
                 ]
         self.variable.set_value(jnp.asarray(new, old.dtype))
 
-    @property
-    def _is_stack(self) -> bool:
-        return LAYERS in self.names[0].split(".")
+    def _entries(self, value: np.ndarray) -> np.ndarray:
+        """A view with one axis in the place of the stack's."""
+        return value.reshape(len(self.names), *value.shape[len(self.stack) :])
 
 
 def _cut(array: np.ndarray, rank: int, axis: int) -> np.ndarray:
@@ -79,12 +80,11 @@ def _cut(array: np.ndarray, rank: int, axis: int) -> np.ndarray:
 
 def _parts(decoder: Decoder) -> Iterator[_Part]:
     """Everything that the adapter is made of, and then the parameters of the base that train."""
-    layers = decoder.config.num_hidden_layers
     for path, module in modules(decoder).items():
         for attribute, (suffix, axis) in _PARTS.items():
             variable = getattr(module, attribute, None)
             if variable is not None:
-                yield _Part(variable, hf_names((*path.split("."), suffix), layers), module.lora_ranks, axis)
+                yield _part(decoder, variable, (*path.split("."), suffix), module.lora_ranks, axis)
     yield from (part for part in _base_parts(decoder) if is_trainable((), part.variable))
 
 
@@ -92,7 +92,11 @@ def _base_parts(decoder: Decoder) -> Iterator[_Part]:
     """The parameters of the base that are not quantized."""
     for path, variable in base_parameters(decoder):
         if not isinstance(variable.get_value(), QTensor):
-            yield _Part(variable, hf_names(path, decoder.config.num_hidden_layers), None, None)
+            yield _part(decoder, variable, path, None, None)
+
+
+def _part(decoder: Decoder, variable: nnx.Variable, path: tuple[Any, ...], ranks: Any, axis: int | None) -> _Part:
+    return _Part(variable, stack_shape(path, decoder.config), hf_names(path, decoder.config), ranks, axis)
 
 
 def adapter_tensors(decoder: Decoder) -> dict[str, np.ndarray]:
@@ -138,12 +142,11 @@ def from_original(decoder: Decoder, config: LoraConfig) -> tuple[LoraConfig, dic
     starts = {path: m for path, m in modules(decoder).items() if isinstance(m, Linear) and m.initial_A is not None}
     if not starts:
         return config, tensors
-    layers = decoder.config.num_hidden_layers
     for path, module in starts.items():
         for attribute, initial in _INITIAL.items():
             suffix, axis = _PARTS[attribute]
-            names = hf_names((*path.split("."), suffix), layers)
-            for name, first in _Part(getattr(module, initial), names, module.lora_ranks, axis).tensors():
+            variable, parts = getattr(module, initial), (*path.split("."), suffix)
+            for name, first in _part(decoder, variable, parts, module.lora_ranks, axis).tensors():
                 sign = 1 if attribute == "lora_A" else -1
                 tensors[name] = np.concatenate([tensors[name], sign * first], axis=axis)
     growth = math.sqrt(2) if config.use_rslora else 2

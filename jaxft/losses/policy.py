@@ -30,6 +30,7 @@ import numpy as np
 from jaxft import lora
 from jaxft.data.batch import Batch, PolicyBatch
 from jaxft.errors import JaxftError
+from jaxft.losses.experts import with_experts
 from jaxft.losses.tokens import LossOutput, TokenLogProbs, count_tokens, per_token, sequence_sums, token_log_probs
 from jaxft.models.decoder import Decoder
 
@@ -97,7 +98,7 @@ def policy(
     reference = batch.reference
     if reference is None and settings.beta:
         reference = reference_log_probs(decoder, batch.text, settings.temperature)
-    return of_tokens(tokens, reference, batch, settings)
+    return with_experts(of_tokens(tokens, reference, batch, settings), decoder, tokens.load)
 
 
 def reference_log_probs(decoder: Decoder, text: Batch, temperature: float) -> jax.Array:

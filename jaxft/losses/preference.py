@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jaxft import lora
 from jaxft.data.batch import PairBatch, Pairs, UnpairedBatch
 from jaxft.errors import JaxftError
+from jaxft.losses.experts import with_experts
 from jaxft.losses.tokens import LossOutput, TokenLogProbs, count_tokens, sequence_sums, token_log_probs
 from jaxft.models.decoder import Decoder
 
@@ -81,11 +82,11 @@ def preference(
       settings: which loss.
       dropout_key: a PRNG key switches LoRA dropout on.
     """
-    policy = pair_log_probs(token_log_probs(decoder, batch.text, dropout_key=dropout_key), batch)
+    tokens = token_log_probs(decoder, batch.text, dropout_key=dropout_key)
     reference = batch.reference
     if reference is None and settings.needs_reference:
         reference = reference_log_probs(decoder, batch)
-    return of_pairs(policy, reference, batch, settings)
+    return with_experts(of_pairs(pair_log_probs(tokens, batch), reference, batch, settings), decoder, tokens.load)
 
 
 def reference_log_probs(decoder: Decoder, batch: PairBatch) -> Pairs:
@@ -193,14 +194,14 @@ def kto(decoder: Decoder, batch: UnpairedBatch, settings: KTOLoss, dropout_key: 
     """KTO's summed loss, how many completions there are, and metrics for each kind; arguments as of `preference`."""
     sequences = batch.sequence_mask.shape[1]
 
-    def log_probs(model: Decoder, key: jax.Array | None) -> jax.Array:
-        tokens = token_log_probs(model, batch.text, dropout_key=key)
+    def of_sequences(tokens: TokenLogProbs) -> jax.Array:
         return sequence_sums(tokens.log_prob, batch.text.segment_ids, sequences)
 
     reference = batch.reference
     if reference is None:
-        reference = jax.lax.stop_gradient(log_probs(lora.without_adapter(decoder), None))
-    return of_unpaired(log_probs(decoder, dropout_key), reference, batch, settings)
+        reference = jax.lax.stop_gradient(of_sequences(token_log_probs(lora.without_adapter(decoder), batch.text)))
+    tokens = token_log_probs(decoder, batch.text, dropout_key=dropout_key)
+    return with_experts(of_unpaired(of_sequences(tokens), reference, batch, settings), decoder, tokens.load)
 
 
 def of_unpaired(policy: jax.Array, reference: jax.Array, batch: UnpairedBatch, settings: KTOLoss) -> LossOutput:

@@ -6,6 +6,7 @@ import jax
 
 import pallas_kernels as pk
 from jaxft.data.batch import Batch
+from jaxft.losses.experts import with_experts
 from jaxft.losses.tokens import LossOutput, count_tokens
 from jaxft.models.decoder import Decoder
 
@@ -19,9 +20,10 @@ def sft(decoder: Decoder, batch: Batch, dropout_key: jax.Array | None = None) ->
       dropout_key: a PRNG key switches LoRA dropout on.
 
     Returns:
-      float32 sum of -log p(target) * loss_mask, float32 sum of loss_mask, and {"tokens": tokens that are not padding}.
+      float32 sum of -log p(target) * loss_mask, float32 sum of loss_mask, and {"tokens": tokens that are not padding},
+      plus what `with_experts` adds.
     """
-    hidden_BTD = decoder(
+    hidden_BTD, load = decoder.with_load(
         batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, dropout_key=dropout_key
     )
     total, weight = pk.linear_cross_entropy(
@@ -31,4 +33,4 @@ def sft(decoder: Decoder, batch: Batch, dropout_key: jax.Array | None = None) ->
         batch.loss_mask.reshape(-1),
         **decoder.head_settings(),
     )
-    return total, weight, {"tokens": count_tokens(batch)}
+    return with_experts((total, weight, {"tokens": count_tokens(batch)}), decoder, load)

@@ -13,23 +13,28 @@ import jax.numpy as jnp
 import pallas_kernels as pk
 from jaxft.data.batch import Batch
 from jaxft.models.decoder import Decoder
+from jaxft.models.moe import Load
 
 Metric = jax.Array | tuple[jax.Array, jax.Array]
 LossOutput = tuple[jax.Array, jax.Array, dict[str, Metric]]
 
 
 class TokenLogProbs(NamedTuple):
-    """Of each target: its log-probability and the entropy of its distribution, float32 [B, T], 0 where not learnt."""
+    """Of each target: its log-probability and the entropy of its distribution, float32 [B, T], 0 where not learnt.
+
+    With what the experts were asked for, where there are any.
+    """
 
     log_prob: jax.Array
     entropy: jax.Array
+    load: Load | None = None
 
 
 def token_log_probs(
     decoder: Decoder, batch: Batch, *, temperature: float = 1.0, dropout_key: jax.Array | None = None
 ) -> TokenLogProbs:
     """The log-probabilities of a batch's targets [B, T] at a temperature; differentiable, without [tokens, vocab]."""
-    hidden_BTD = decoder(
+    hidden_BTD, load = decoder.with_load(
         batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, dropout_key=dropout_key
     )
     log_prob, entropy, _ = pk.selected_log_probs(
@@ -39,7 +44,8 @@ def token_log_probs(
         **decoder.head_settings(temperature),
     )
     learnt = batch.loss_mask != 0
-    return TokenLogProbs(*(jnp.where(learnt, x.reshape(learnt.shape), 0.0) for x in (log_prob, entropy)))
+    log_prob, entropy = (jnp.where(learnt, x.reshape(learnt.shape), 0.0) for x in (log_prob, entropy))
+    return TokenLogProbs(log_prob, entropy, load)
 
 
 def sequence_sums(values: jax.Array, segment_ids: jax.Array, sequences: int) -> jax.Array:

@@ -12,8 +12,7 @@ from typing import Literal
 from jaxft.errors import JaxftError
 
 LayerType = Literal["full_attention", "sliding_attention"]
-
-
+MLPLayerType = Literal["dense", "sparse"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
@@ -61,16 +60,76 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts in place of an MLP: which experts a token goes to, and what they are.
+
+    Attributes:
+      num_experts, num_experts_per_tok, moe_intermediate_size: E, how many of them a token uses, F of each.
+      scoring_func: what makes scores of the router's logits, over all experts; softmax over the chosen ones alone is
+        "softmax" with `norm_topk_prob`.
+      norm_topk_prob: the chosen experts' scores are divided by their sum.
+      routed_scaling_factor: multiplies the scores of the chosen experts.
+      router_bias: the router has a bias.
+      score_correction_bias: a bias is added to the scores for the choice, not for the weights (arXiv:2412.19437).
+      n_group, topk_group: the experts are in so many groups, of which so many may be chosen from.
+      group_score: a group counts as its best expert ("max") or as the sum of its two best ("top2").
+      expert_bias: the experts' linears have biases.
+      expert_act: their activation, "clamped_swiglu" (with `swiglu_alpha` and `swiglu_limit`) or as of `hidden_act`.
+      scale_inputs: a token's scores multiply what its experts get instead of what they give.
+      shared_expert_intermediate_size: F of an MLP that every token goes through as well; 0: none.
+      shared_expert_gate: the sigmoid of a linear of the token multiplies what that MLP gives.
+      router_aux_loss_coef: factor of the load-balancing loss where the router trains.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+    router_bias: bool = False
+    score_correction_bias: bool = False
+    n_group: int = 1
+    topk_group: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    expert_bias: bool = False
+    expert_act: Literal["silu", "gelu", "gelu_pytorch_tanh", "clamped_swiglu"] = "silu"
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = 7.0
+    scale_inputs: bool = False
+    shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
+    router_aux_loss_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                raise JaxftError(f"config field {name}", f"must be a positive integer, not {value!r}")
+        if self.num_experts % self.n_group:
+            raise JaxftError("config field n_group", f"{self.n_group} does not divide num_experts {self.num_experts}")
+        if self.topk_group > self.n_group:
+            raise JaxftError("config field topk_group", f"{self.topk_group} exceeds n_group {self.n_group}")
+        choices = self.num_experts // self.n_group * self.topk_group
+        if self.num_experts_per_tok > choices:
+            raise JaxftError(
+                "config field num_experts_per_tok", f"{self.num_experts_per_tok} exceeds the {choices} to choose from"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerFacts:
     """What is static about one layer; consecutive layers with a repeating pattern of facts share one scan.
 
     Attributes:
       sliding_window: keys that a query sees, itself included; None: all before it.
       rope: which of the config's rotations: "global", "local", or None for no positions at all.
+      mlp: an MLP or a mixture of experts.
     """
 
     sliding_window: int | None = None
     rope: Literal["global", "local"] | None = "global"
+    mlp: MLPLayerType = "dense"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +163,8 @@ class DecoderConfig:
       rope: positions.
       local_rope: positions of "sliding_attention" layers; None: as of the others.
       nope_layers: layers without positions.
+      moe: the mixture of experts of the layers that are "sparse".
+      mlp_layer_types: one entry a layer; without any, all are "sparse" with `moe` and "dense" without.
     """
 
     vocab_size: int
@@ -139,10 +200,15 @@ class DecoderConfig:
     rope: RopeConfig = RopeConfig()
     local_rope: RopeConfig | None = None
     nope_layers: tuple[int, ...] = ()
+    moe: MoEConfig | None = None
+    mlp_layer_types: tuple[MLPLayerType, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layer_types:
             object.__setattr__(self, "layer_types", ("full_attention",) * self.num_hidden_layers)
+        if not self.mlp_layer_types:
+            kind = "sparse" if self.moe else "dense"
+            object.__setattr__(self, "mlp_layer_types", (kind,) * self.num_hidden_layers)
         for name in (
             "vocab_size",
             "hidden_size",
@@ -163,11 +229,14 @@ class DecoderConfig:
             )
         for rope in self.ropes.values():
             _check_rope(rope, self.head_dim)
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise JaxftError(
-                "config field layer_types",
-                f"has {len(self.layer_types)} entries for num_hidden_layers {self.num_hidden_layers}",
-            )
+        for name in ("layer_types", "mlp_layer_types"):
+            entries = len(getattr(self, name))
+            if entries != self.num_hidden_layers:
+                raise JaxftError(
+                    f"config field {name}", f"has {entries} entries for num_hidden_layers {self.num_hidden_layers}"
+                )
+        if "sparse" in self.mlp_layer_types and self.moe is None:
+            raise JaxftError("config field moe", "is missing, but mlp_layer_types has sparse")
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise JaxftError("config field sliding_window", "is missing, but layer_types has sliding_attention")
 
@@ -180,7 +249,29 @@ class DecoderConfig:
         """The static facts of one layer."""
         sliding = self.layer_types[layer] == "sliding_attention"
         rope = "local" if sliding and self.local_rope is not None else "global"
-        return LayerFacts(self.sliding_window if sliding else None, None if layer in self.nope_layers else rope)
+        return LayerFacts(
+            self.sliding_window if sliding else None,
+            None if layer in self.nope_layers else rope,
+            self.mlp_layer_types[layer],
+        )
+
+    @property
+    def mlp_width(self) -> int:
+        """Columns that a token's gate and up have in the widest layer, all of its experts together."""
+        dense = self.intermediate_size if "dense" in self.mlp_layer_types else 0
+        if self.moe is None:
+            return dense
+        moe = self.moe
+        return max(dense, moe.num_experts_per_tok * moe.moe_intermediate_size + moe.shared_expert_intermediate_size)
+
+    def layers_of(self, kind: MLPLayerType) -> tuple[int, ...]:
+        """The layers whose blocks are of one kind; each kind's parameters are one stack, in this order."""
+        return tuple(layer for layer, each in enumerate(self.mlp_layer_types) if each == kind)
+
+    @property
+    def block_kinds(self) -> tuple[MLPLayerType, ...]:
+        """The kinds of blocks, in the order in which they first appear."""
+        return tuple(dict.fromkeys(self.mlp_layer_types))
 
 
 def _check_rope(rope: RopeConfig, head_dim: int) -> None:

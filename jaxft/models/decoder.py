@@ -18,10 +18,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from jaxft.models.attention import Attention, KVCache, SequenceInfo
-from jaxft.models.config import DecoderConfig, LayerFacts
+from jaxft.models.config import DecoderConfig, LayerFacts, MLPLayerType
 from jaxft.models.labels import is_trainable
 from jaxft.models.layers import Embedding, Linear, Norm, at_layer, make_norm
 from jaxft.models.mlp import MLP
+from jaxft.models.moe import Load, MoE
 from jaxft.models.remat import LAYER_INPUT, MID, LayerPolicy, rematerialise, spans
 from jaxft.models.rope import rope_tables
 from pallas_kernels.head_logits import Cap
@@ -41,16 +42,21 @@ _NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
 
 
 class Block(nnx.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)); or as `norm_placement` and `parallel_block` say."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)); or as `norm_placement` and `parallel_block` say.
 
-    def __init__(self, config: DecoderConfig, *, stack: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    The MLP of a "sparse" one is a mixture of experts.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, kind: MLPLayerType, *, stack: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
         self.config = config
         self.norms = _NORMS["parallel" if config.parallel_block else config.norm_placement]
         for name in self.norms:
             if name is not None:
                 setattr(self, name, make_norm(config, config.hidden_size, stack=stack, dtype=dtype))
         self.self_attn = Attention(config, stack=stack, dtype=dtype, rngs=rngs)
-        self.mlp = MLP(config, stack=stack, dtype=dtype, rngs=rngs)
+        self.mlp = (MoE if kind == "sparse" else MLP)(config, stack=stack, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -62,7 +68,7 @@ class Block(nnx.Module):
         policy: LayerPolicy,
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, KVCache | None, Load | None]:
         before_attention, behind_attention, before_mlp, behind_mlp = map(self._norm, self.norms)
         x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
         normed_BTD = before_attention(x_BTD) if before_attention else x_BTD
@@ -73,8 +79,12 @@ class Block(nnx.Module):
         else:
             x_BTD = checkpoint_name(x_BTD + attended_BTD, MID)
             normed_BTD = normed_BTD if self.config.parallel_block else x_BTD
-        mlp_BTD = self.mlp(normed_BTD, dropout_key, recompute=policy.recomputes_mlp, tile=policy.tile)
-        return x_BTD + self._scaled(behind_mlp(mlp_BTD) if behind_mlp else mlp_BTD), cache
+        settings = {"recompute": policy.recomputes_mlp, "tile": policy.tile}
+        if isinstance(self.mlp, MoE):
+            mlp_BTD, load = self.mlp(normed_BTD, info.segment_ids, dropout_key, **settings)
+        else:
+            mlp_BTD, load = self.mlp(normed_BTD, dropout_key, **settings), None
+        return x_BTD + self._scaled(behind_mlp(mlp_BTD) if behind_mlp else mlp_BTD), cache, load
 
     def _norm(self, name: str | None) -> Norm | None:
         return None if name is None else getattr(self, name)
@@ -97,23 +107,49 @@ def segments(config: DecoderConfig, remat: str = "none") -> tuple[Segment, ...]:
     """The layers as few scans as their static facts and remat policies allow."""
     found: list[Segment] = []
     for span in spans(remat, config.num_hidden_layers):
-        facts = tuple(config.layer_facts(i) for i in range(span.start, span.stop))
-        n = len(facts)
-        # The shortest repeating pattern, then the remainder.
-        period = next(p for p in range(1, n + 1) if all(facts[i] == facts[i % p] for i in range(n)))
-        whole = n - n % period
-        found.append(Segment(span.start, span.start + whole, facts[:period], span.policy))
-        if whole < n:
-            found.append(Segment(span.start + whole, span.stop, facts[whole:], span.policy))
+        start = span.start
+        while start < span.stop:
+            facts = tuple(config.layer_facts(i) for i in range(start, span.stop))
+            period, layers = _longest_repetition(facts)
+            found.append(Segment(start, start + layers, facts[:period], span.policy))
+            start += layers
     return tuple(found)
 
 
+def _longest_repetition(facts: tuple[LayerFacts, ...]) -> tuple[int, int]:
+    """(period, layers) of the longest run from the first layer on that repeats a pattern; one layer if none does."""
+    best = (1, 1)
+    for period in range(1, len(facts) // 2 + 1):
+        matches = next((i for i in range(len(facts)) if facts[i] != facts[i % period]), len(facts))
+        layers = matches - matches % period
+        if layers >= 2 * period and layers > best[1]:
+            best = (period, layers)
+    return best
+
+
+class Blocks(nnx.Module):
+    """The layers where they are of several kinds: for each kind, an attribute of its name, a Block of its layers."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        for kind in config.block_kinds:
+            stack = (len(config.layers_of(kind)),)
+            setattr(self, kind, Block(config, kind, stack=stack, dtype=dtype, rngs=rngs))
+
+
 class Model(nnx.Module):
-    """What HF calls ``model``: everything but the head. Its layers are one Block whose parameters are stacked."""
+    """What HF calls ``model``: everything but the head.
+
+    Its layers are one Block whose parameters are stacked, or one for each kind (`Blocks`).
+    """
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = Block(config, stack=(config.num_hidden_layers,), dtype=dtype, rngs=rngs)
+        self.layers: Block | Blocks
+        if len(config.block_kinds) == 1:
+            stack = (config.num_hidden_layers,)
+            self.layers = Block(config, config.block_kinds[0], stack=stack, dtype=dtype, rngs=rngs)
+        else:
+            self.layers = Blocks(config, dtype=dtype, rngs=rngs)
         self.norm = make_norm(config, config.hidden_size, stack=(), dtype=dtype)
 
 
@@ -168,10 +204,24 @@ class Decoder(nnx.Module):
         Returns:
           [B, T, D] in the embedding's dtype.
         """
+        return self.with_load(tokens, segment_ids=segment_ids, positions=positions, dropout_key=dropout_key)[0]
+
+    def with_load(
+        self,
+        tokens: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Load | None]:
+        """`__call__`, and what each layer's experts were asked for: a Load with a leading [L] of the "sparse" layers.
+
+        None without experts.
+        """
         if positions is None:
             positions = segment_positions(tokens, segment_ids)
-        hidden_BTD, _ = self._run(tokens, positions, segment_ids, dropout_key=dropout_key)
-        return hidden_BTD
+        hidden_BTD, _, load = self._run(tokens, positions, segment_ids, dropout_key=dropout_key)
+        return hidden_BTD, load
 
     def extend(
         self, tokens: jax.Array, positions: jax.Array, cache: KVCache, lengths: jax.Array | None = None
@@ -179,9 +229,10 @@ class Decoder(nnx.Module):
         """Runs tokens int32 [B, T] at `positions` [B, T] after what `cache` holds: (hidden [B, T, D], the new cache).
 
         A query sees the slots up to its own position, so rows of different lengths need no padding on the left.
-        `lengths` int32 [B] are those of the documents, for rotations that depend on them; None: to the last position.
+        `lengths` int32 [B] are those of the documents, for rotations that depend on them; None: up to the last
+        position.
         """
-        hidden_BTD, new_cache = self._run(tokens, positions, None, cache=cache, lengths=lengths)
+        hidden_BTD, new_cache, _ = self._run(tokens, positions, None, cache=cache, lengths=lengths)
         assert new_cache is not None
         return hidden_BTD, new_cache
 
@@ -223,11 +274,11 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         lengths: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        hidden_BTD, cache = self.run_layers(
+    ) -> tuple[jax.Array, KVCache | None, Load | None]:
+        hidden_BTD, cache, load = self.run_layers(
             self.embed(tokens), positions, segment_ids, cache=cache, lengths=lengths, dropout_key=dropout_key
         )
-        return self.model.norm(hidden_BTD), cache
+        return self.model.norm(hidden_BTD), cache, load
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """What the first layer reads, [B, T, D], of tokens int32 [B, T]."""
@@ -245,13 +296,16 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         lengths: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """The layers alone, between `embed` and the final norm: (hidden [B, T, D], the new cache)."""
+    ) -> tuple[jax.Array, KVCache | None, Load | None]:
+        """The layers alone, between `embed` and the final norm: (hidden [B, T, D], the new cache, the load of experts)."""
         info = SequenceInfo(self._rotations(positions, segment_ids, lengths), positions, segment_ids)
         carry = (hidden_BTD, cache)
+        loads = []
         for segment in segments(self.config, self.remat):
-            carry = self._run_segment(segment, carry, info, dropout_key)
-        return carry
+            carry, load = self._run_segment(segment, carry, info, dropout_key)
+            loads += load
+        every = jax.tree.map(lambda *parts: jnp.concatenate(parts), *loads) if loads else None
+        return *carry, every
 
     def _rotations(
         self, positions: jax.Array, segment_ids: jax.Array | None, lengths: jax.Array | None
@@ -268,34 +322,52 @@ class Decoder(nnx.Module):
 
     def _run_segment(
         self, segment: Segment, carry: tuple[jax.Array, Any], info: SequenceInfo, dropout_key: jax.Array | None
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[tuple[jax.Array, Any], list[Load]]:
         """Frozen stacks are loop constants, read by layer index inside the body, so that nothing copies or saves a
         slice of them; trainable leaves are scanned over, so that their gradients come out stacked."""
         period = len(segment.pattern)
         iterations = (segment.stop - segment.start) // period
         unroll = min(-(-(segment.policy.unroll or iterations * period) // period), iterations)
-        graphdef, trainable, frozen = nnx.split(self.model.layers, is_trainable, ...)
+        stacks = {kind: nnx.split(self._blocks(kind), is_trainable, ...) for kind in self.config.block_kinds}
 
-        def run_block(x, cache, trainable_layer, layer, facts):
-            block = nnx.merge(graphdef, trainable_layer, at_layer(frozen, layer))
+        def run_block(x, cache, trainable_layer, layer, index, facts):
+            graphdef, _, frozen = stacks[facts.mlp]
+            block = nnx.merge(graphdef, trainable_layer, at_layer(frozen, layer if index is None else index))
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
             return block(x, info, facts, layer=layer, policy=segment.policy, cache=cache, dropout_key=key)
 
         def body(carry, inputs):
-            for facts, (layer, trainable_layer) in zip(segment.pattern, inputs, strict=True):
+            loads = []
+            for facts, (layer, index, trainable_layer) in zip(segment.pattern, inputs, strict=True):
                 run = rematerialise(partial(run_block, facts=facts), segment.policy, in_scan=unroll < iterations)
-                carry = run(*carry, trainable_layer, layer)
-            return carry, None
+                *carry, load = run(*carry, trainable_layer, layer, index)
+                loads.append(load)
+            return tuple(carry), loads
 
         # Each block's leaves are scanned as they are: the backward pass reads them where they lie, while of anything
         # computed from them inside the body it would keep a copy of the whole stack.
-        def block_inputs(i: int) -> tuple[jax.Array, Any]:
+        def block_inputs(i: int) -> tuple[jax.Array, jax.Array | None, Any]:
             every = slice(segment.start + i, segment.stop, period)
             layers = jnp.arange(every.start, every.stop, period, dtype=jnp.int32)
-            return layers, jax.tree.map(lambda leaf: leaf[every], trainable)
+            kind = segment.pattern[i].mlp
+            trainable = stacks[kind][1]
+            if len(stacks) == 1:
+                return layers, None, jax.tree.map(lambda leaf: leaf[every], trainable)
+            # Where in the stack of its kind each of these layers is: as far from the last one as in every iteration.
+            of_kind = self.config.layers_of(kind)
+            indices = [of_kind.index(layer) for layer in range(every.start, every.stop, period)]
+            step = sum(facts.mlp == kind for facts in segment.pattern)
+            every = slice(indices[0], indices[-1] + 1, step)
+            return layers, jnp.asarray(indices, jnp.int32), jax.tree.map(lambda leaf: leaf[every], trainable)
 
         inputs = tuple(block_inputs(i) for i in range(period))
-        return jax.lax.scan(body, carry, inputs, unroll=unroll)[0]
+        carry, loads = jax.lax.scan(body, carry, inputs, unroll=unroll)
+        return carry, [load for load in loads if load is not None]
+
+    def _blocks(self, kind: MLPLayerType) -> Block:
+        """The stack of a kind's layers."""
+        layers = self.model.layers
+        return layers if isinstance(layers, Block) else getattr(layers, kind)
 
 
 def segment_positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

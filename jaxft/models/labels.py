@@ -10,8 +10,8 @@ from flax import nnx
 
 from jaxft.errors import JaxftError
 
-Kind = Literal["lora", "norm", "embedding", "head", "base"]
-KINDS: tuple[Kind, ...] = ("lora", "norm", "embedding", "head", "base")
+Kind = Literal["lora", "norm", "embedding", "head", "router", "base"]
+KINDS: tuple[Kind, ...] = ("lora", "norm", "embedding", "head", "router", "base")
 
 
 def kind_of(path: tuple[Any, ...], variable: nnx.Variable) -> Kind:
@@ -23,6 +23,8 @@ def kind_of(path: tuple[Any, ...], variable: nnx.Variable) -> Kind:
         return "norm"
     if "embed_tokens" in names:
         return "embedding"
+    if "gate" in names:
+        return "router"
     return "head" if "lm_head" in names else "base"
 
 

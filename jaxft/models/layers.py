@@ -17,7 +17,8 @@ from jaxft.models.config import DecoderConfig
 from jaxft.quant import QTensor
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """Random weights of standard deviation 0.02."""
     return (0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
 
 
@@ -31,7 +32,7 @@ class Constant(nnx.Variable):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerView:
-    """One layer of a frozen stack of weights [L, out, in], read where it is used.
+    """One layer of a frozen stack of weights [L, out, in] or [L, E, out, in], read where it is used.
 
     It has the `dequantize` of a QTensor, so a linear saves the stack and the index for its backward pass, which a scan
     over layers shares, instead of a slice, which it would copy once a layer.
@@ -41,7 +42,8 @@ class LayerView:
     layer: jax.Array
 
     def dequantize(self, dtype: DTypeLike, row_scale: jax.Array | None = None) -> jax.Array:
-        """The layer's weight [out, in] in `dtype`, its rows times `row_scale` (float32 [out]) where there is one."""
+        """The layer's weight, [out, in] or [E, out, in], in `dtype`; of one [out, in] the rows times `row_scale`
+        (float32 [out]) where there is one."""
         weight = jax.lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)
         if row_scale is not None:
             weight = weight.astype(jnp.float32) * row_scale[:, None]
@@ -65,8 +67,8 @@ def at_layer(frozen: nnx.State, layer: jax.Array) -> nnx.State:
 class Linear(nnx.Module):
     """y = x W^T + b, plus scale * (x A^T) B^T once `jaxft.lora.attach` has added the pair.
 
-    `weight` [out, in] is an array or a QTensor; a stack of layers has a leading [L] on every parameter. With a
-    magnitude (DoRA) the rows of W + scale B A are brought to it.
+    `weight` [out, in] is an array or a QTensor; a stack of layers has a leading [L] on every parameter (`stack`). With
+    a magnitude (DoRA) the rows of W + scale B A are brought to it.
     """
 
     def __init__(
@@ -84,7 +86,8 @@ class Linear(nnx.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.dtype = dtype
-        self.weight = nnx.Param(_normal(rngs, (*stack, out_features, in_features), dtype))
+        self.stack = stack
+        self.weight = nnx.Param(normal(rngs, (*stack, out_features, in_features), dtype))
         self.bias = nnx.data(nnx.Param(jnp.zeros((*stack, out_features), dtype)) if bias else None)
         self.lora_A: nnx.LoRAParam | None = nnx.data(None)
         self.lora_B: nnx.LoRAParam | None = nnx.data(None)
@@ -153,6 +156,29 @@ def magnitude_over_norm(magnitude: jax.Array, norms: jax.Array, scale: float | j
     norms = checkpoint_name(norms, ROW_NORMS)
     ratio = magnitude / jnp.where(norms == 0, 1, norms)
     return jnp.where(jnp.asarray(scale, jnp.float32).reshape(1) == 0, 1, ratio)
+
+
+class ExpertLinear(Linear):
+    """E linears side by side, of which each row of x goes through one.
+
+    Every parameter has a leading [E], behind the [L] of a stack of layers. The adapters are split, too: for each expert
+    (x A^T) B^T, never W + B A.
+    """
+
+    def __call__(self, x: jax.Array, group_sizes: jax.Array, row_scale: jax.Array | None = None) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """x [M, in] -> [M, out], sorted by expert: int32 [E] rows for each; rows beyond them give zeros.
+
+        Args:
+          row_scale: float32 [M, 1], what x was multiplied by: the bias is multiplied by it, too.
+        """
+        weight, bias, lora_A, lora_B, scale, *_ = self.parameters()
+        y = pk.grouped_matmul(x, weight, group_sizes, lora_A, lora_B, scale=scale)
+        if bias is None:
+            return y
+        ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+        expert = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=jnp.int32), side="right")
+        bias = jnp.take(bias, expert, axis=0, mode="fill", fill_value=0).astype(jnp.float32)
+        return (y.astype(jnp.float32) + (bias if row_scale is None else bias * row_scale)).astype(x.dtype)
 
 
 def dropout_rate(*linears: Linear) -> float:
@@ -229,7 +255,7 @@ class Embedding(nnx.Module):
         self.in_features = vocab_size
         self.out_features = features
         self.dtype = dtype
-        self.weight = nnx.Param(_normal(rngs, (vocab_size, features), dtype))
+        self.weight = nnx.Param(normal(rngs, (vocab_size, features), dtype))
         self.lora_embedding_A: nnx.LoRAParam | None = nnx.data(None)
         self.lora_embedding_B: nnx.LoRAParam | None = nnx.data(None)
         self.lora_magnitude_vector: nnx.LoRAParam | None = nnx.data(None)

@@ -24,8 +24,16 @@ _ACTIVATIONS = {
 class MLP(nnx.Module):
     """A gated linear unit (Shazeer 2020, arXiv:2002.05202), or two linears with an activation between them."""
 
-    def __init__(self, config: DecoderConfig, *, stack: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    def __init__(
+        self,
+        config: DecoderConfig,
+        intermediate_size: int | None = None,
+        *,
+        stack: tuple[int, ...],
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        d, f, bias = config.hidden_size, intermediate_size or config.intermediate_size, config.mlp_bias
         self.activation = config.hidden_act
         self.gated = config.gated_mlp
         if config.gated_mlp:

@@ -1,14 +1,17 @@
 """Between tensors under Hugging Face names, one a layer, and a decoder's parameters, stacked over layers.
 
-A parameter path is the HF name without the layer's number: ``model.layers.mlp.up_proj.weight`` [L, out, in] holds
-``model.layers.{i}.mlp.up_proj.weight`` [out, in]. Stacking happens in `stack`, unstacking in `unstack`, nowhere else.
+A parameter path is the HF name without numbers: ``model.layers.mlp.up_proj.weight`` [L, out, in] holds
+``model.layers.{i}.mlp.up_proj.weight`` [out, in], and ``model.layers.mlp.experts.up_proj.weight`` [L, E, out, in] holds
+``model.layers.{i}.mlp.experts.{e}.up_proj.weight``. Where blocks are of several kinds, ``layers`` is followed by the
+kind, and L counts its layers. Stacking happens in `stack`, unstacking in `unstack`, nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,27 +20,38 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxft.errors import JaxftError
-from jaxft.models.config import DecoderConfig
+from jaxft.models.config import DecoderConfig, MLPLayerType
 from jaxft.models.decoder import Decoder, abstract_decoder
 from jaxft.models.layers import Constant
 from jaxft.quant import QUANTIZATIONS, QTensor
 
-LAYERS = "layers"
+LAYERS, EXPERTS = "layers", "experts"
 
 
-def hf_name(path: tuple[Any, ...], layer: int | None) -> str:
-    """('model', 'layers', 'mlp', ...), 3 -> 'model.layers.3.mlp. ...'."""
-    parts = [str(part) for part in path]
-    if layer is not None:
-        parts.insert(parts.index(LAYERS) + 1, str(layer))
-    return ".".join(parts)
+def stack_shape(path: tuple[Any, ...], config: DecoderConfig) -> tuple[int, ...]:
+    """The leading axes of a parameter, each of whose entries is an HF tensor: (), (L,) or (L, E)."""
+    return tuple(len(numbers) for _, numbers in _axes(path, config))
 
 
-def hf_names(path: tuple[Any, ...], n_layers: int) -> list[str]:
-    """The HF tensors behind one parameter: one a layer, or the one of that name."""
-    if LAYERS in path:
-        return [hf_name(path, layer) for layer in range(n_layers)]
-    return [hf_name(path, None)]
+def hf_names(path: tuple[Any, ...], config: DecoderConfig) -> list[str]:
+    """The HF tensors behind one parameter, in the order of its leading axes."""
+    axes = _axes(path, config)
+    names = []
+    for numbers in itertools.product(*(numbers for _, numbers in axes)):
+        number_of = {axis: str(number) for (axis, _), number in zip(axes, numbers, strict=True)}
+        parts = (part for part in map(str, path) if part not in get_args(MLPLayerType))
+        names.append(".".join(f"{part}.{number_of[part]}" if part in number_of else part for part in parts))
+    return names
+
+
+def _axes(path: tuple[Any, ...], config: DecoderConfig) -> list[tuple[str, Sequence[int]]]:
+    """(part of the path, the numbers that follow it in HF names) for each leading axis."""
+    if LAYERS not in path:
+        return []
+    kind = path[path.index(LAYERS) + 1]
+    layers = config.layers_of(kind) if kind in get_args(MLPLayerType) else range(config.num_hidden_layers)
+    experts = [(EXPERTS, range(config.moe.num_experts))] if config.moe and EXPERTS in path else []
+    return [(LAYERS, layers), *experts]
 
 
 def parameters(decoder: Decoder) -> list[tuple[tuple[Any, ...], nnx.Variable]]:
@@ -45,31 +59,33 @@ def parameters(decoder: Decoder) -> list[tuple[tuple[Any, ...], nnx.Variable]]:
     return list(nnx.to_flat_state(nnx.state(decoder)))
 
 
-def stack(values: list[Any]) -> Any:
-    """The layers' values, all arrays or all QTensors, as one with a leading [L]."""
-    first = values[0]
-    return first.stack(values) if isinstance(first, QTensor) else jnp.stack(values)
+def stack(values: list[Any], shape: tuple[int, ...]) -> Any:
+    """HF tensors' values, all arrays or all QTensors, as one with leading axes `shape`, (L,) or (L, E)."""
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *values)
+    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), stacked)
 
 
-def unstack(value: Any) -> list[Any]:
-    """The inverse of `stack`."""
-    return value.unstack() if isinstance(value, QTensor) else list(value)
+def unstack(value: Any, axes: int) -> list[Any]:
+    """The inverse of `stack`, of so many leading axes."""
+    leaves, structure = jax.tree.flatten(value)
+    shape = leaves[0].shape[:axes]
+    return [structure.unflatten([leaf[index] for leaf in leaves]) for index in np.ndindex(shape)]
 
 
 def expected_tensors(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """HF name -> shape of every tensor that a checkpoint of this config must hold, in the model's order."""
     found: dict[str, tuple[int, ...]] = {}
     for path, variable in parameters(abstract_decoder(config, jnp.float32)):
-        shape = variable.get_value().shape
-        for name in hf_names(path, config.num_hidden_layers):
-            found[name] = shape[1:] if LAYERS in path else shape
+        shape: tuple[int, ...] = variable.get_value().shape[len(stack_shape(path, config)) :]
+        for name in hf_names(path, config):
+            found[name] = shape
     return found
 
 
 def quantizable_tensors(config: DecoderConfig) -> list[str]:
     """HF names of the weights of the layers' linears, which quantization applies to."""
     paths = [path for path, _ in parameters(abstract_decoder(config, jnp.float32)) if is_quantizable(path)]
-    return [name for path in paths for name in hf_names(path, config.num_hidden_layers)]
+    return [name for path in paths for name in hf_names(path, config)]
 
 
 def build_decoder(
@@ -102,63 +118,69 @@ def build_decoder(
         return quantize(jnp.asarray(value)) if quantized and quantize else jnp.asarray(value, dtype)
 
     for path, variable in sorted(parameters(decoder), key=lambda item: LAYERS not in item[0]):
-        names = hf_names(path, config.num_hidden_layers)
+        names = hf_names(path, config)
         values = (load(name, is_quantizable(path)) for name in names)
-        variable.set_value(_stack_one_by_one(names, values) if LAYERS in path else next(values))
+        shape = stack_shape(path, config)
+        variable.set_value(_stack_one_by_one(names, values, shape) if shape else next(values))
     nnx.update(decoder, nnx.from_flat_state(parameters(decoder)))
     return decoder
 
 
-def _stack_one_by_one(names: list[str], values: Iterator[Any]) -> Any:
+def _stack_one_by_one(names: list[str], values: Iterator[Any], shape: tuple[int, ...]) -> Any:
     """`stack` of values of one kind, each of which is let go before the next one is made."""
     stacked, structure = None, None
-    for index, name in enumerate(names):
+    for index, name in zip(np.ndindex(shape), names, strict=True):
         value = next(values)
         if stacked is None:
             structure = jax.tree.structure(value)
-            stacked = jax.tree.map(lambda leaf: jnp.zeros((len(names), *leaf.shape), leaf.dtype), value)
+            stacked = jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape), leaf.dtype), value)
         elif jax.tree.structure(value) != structure:
             raise JaxftError(f"tensor {name}", f"is quantized in another way than {names[0]}")
-        stacked = jax.block_until_ready(_set_layer(stacked, value, jnp.int32(index)))
+        stacked = jax.block_until_ready(_set(stacked, value, np.asarray(index, np.int32)))
         del value
     return stacked
 
 
 @partial(jax.jit, donate_argnums=0)
-def _set_layer(stacked: Any, value: Any, layer: jax.Array) -> Any:
-    """`stacked` with `value` at index `layer` of every array, written in place."""
-    return jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, layer, 0), stacked, value)
+def _set(stacked: Any, value: Any, index: jax.Array) -> Any:
+    """`stacked` with `value` at `index` of every array's leading axes, written in place."""
+
+    def write(every: jax.Array, one: jax.Array) -> jax.Array:
+        start = (*index, *(jnp.int32(0) for _ in one.shape))
+        return jax.lax.dynamic_update_slice(every, one.reshape((1,) * len(index) + one.shape), start)
+
+    return jax.tree.map(write, stacked, value)
 
 
 def is_quantizable(path: tuple[Any, ...]) -> bool:
-    """Whether this parameter is the weight of a linear inside a layer."""
-    return LAYERS in path and str(path[-2]).endswith("_proj") and path[-1] == "weight"
+    """Whether this parameter is the weight of a linear inside a layer, experts left out."""
+    linear = LAYERS in path and str(path[-2]).endswith("_proj") and path[-1] == "weight"
+    return linear and EXPERTS not in path
 
 
 class TensorView(NamedTuple):
-    """One HF tensor of a decoder's base: one layer of a parameter, or the whole of it where `layer` is None."""
+    """One HF tensor of a decoder's base: what a parameter holds at `index` of its leading axes."""
 
     value: jax.Array | QTensor
-    layer: int | None
+    index: tuple[int, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The tensor's shape, without the stack's leading [L]."""
-        whole = self.layer is None or isinstance(self.value, QTensor)  # a stack of QTensors has one weight's shape
-        return tuple(self.value.shape if whole else self.value.shape[1:])
+        """The tensor's shape, without the stack's leading axes."""
+        whole = isinstance(self.value, QTensor)  # a stack of QTensors has one weight's shape
+        return tuple(self.value.shape if whole else self.value.shape[len(self.index) :])
 
     def quantized(self) -> QTensor | None:
         """The weight as it is held, on its device; None where it is not quantized."""
         if not isinstance(self.value, QTensor):
             return None
-        return self.value if self.layer is None else jax.tree.map(lambda array: array[self.layer], self.value)
+        return jax.tree.map(lambda array: array[self.index], self.value)
 
     def read(self) -> np.ndarray:
         """The values on the host; a quantized weight comes dequantized, in float32."""
         if isinstance(self.value, QTensor):
-            view = self.value if self.layer is None else self.value.at_layer(jnp.int32(self.layer))
-            return np.asarray(view.dequantize(jnp.float32))
-        return np.asarray(self.value if self.layer is None else self.value[self.layer])
+            return np.asarray(jax.tree.map(lambda array: array[self.index], self.value).dequantize(jnp.float32))
+        return np.asarray(self.value[self.index])
 
 
 def tensor_views(decoder: Decoder) -> dict[str, TensorView]:
@@ -166,7 +188,7 @@ def tensor_views(decoder: Decoder) -> dict[str, TensorView]:
     views: dict[str, TensorView] = {}
     for path, variable in parameters(decoder):
         if not isinstance(variable, nnx.LoRAParam | Constant):
-            stacked = LAYERS in path
-            for layer, name in enumerate(hf_names(path, decoder.config.num_hidden_layers)):
-                views[name] = TensorView(variable.get_value(), layer if stacked else None)
+            indices = np.ndindex(stack_shape(path, decoder.config))
+            for index, name in zip(indices, hf_names(path, decoder.config), strict=True):
+                views[name] = TensorView(variable.get_value(), index)
     return views

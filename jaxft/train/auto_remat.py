@@ -80,7 +80,7 @@ def cost(config: DecoderConfig, policy: str, rows: int, length: int) -> float:
     c, tokens = config, rows * length
     heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     width = {"layer_input": c.hidden_size, "q": heads, "k": kv_heads, "v": kv_heads, "attn_out": heads}
-    width |= {"mid": c.hidden_size, "gate": c.intermediate_size, "up": c.intermediate_size}
+    width |= {"mid": c.hidden_size, "gate": c.mlp_width, "up": c.mlp_width}
     products = 2 * tokens * c.hidden_size / _PRODUCTS  # seconds for each output column
     attention = 2 * rows * length**2 * heads / _ATTENTION
     total = 0.0

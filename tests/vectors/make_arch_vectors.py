@@ -1,4 +1,4 @@
-"""Writes archs.safetensors: what transformers' own classes compute for the smallest case of each family.
+"""Writes archs.safetensors and archs_moe.safetensors: what transformers' own classes compute for the smallest cases.
 
     PYTHONPATH=. python vectors/make_arch_vectors.py [family ...]     from tests/, with the dev extra
 
@@ -16,10 +16,14 @@ from safetensors.numpy import load_file, save_file
 
 from arch_cases import arch_config, families, smallest, tokens
 from llama_cases import gradient_summary
+from moe_cases import MOE_CASES
 from tiny import random_tensors
 from vectors import torch_reference as reference
 
-PATH = Path(__file__).with_name("archs.safetensors")
+
+def path_of(family: str) -> Path:
+    """The file that holds a family's vectors."""
+    return Path(__file__).with_name("archs_moe.safetensors" if family in MOE_CASES else "archs.safetensors")
 
 
 def vectors(family: str) -> dict[str, np.ndarray]:
@@ -37,9 +41,11 @@ def vectors(family: str) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
     chosen = sys.argv[1:] or families()
-    found = load_file(PATH) if PATH.exists() and sys.argv[1:] else {}
-    found = {name: array for name, array in found.items() if name.split("/")[0] not in chosen}
-    for family in chosen:
-        found |= vectors(family)
-    save_file(found, PATH)
-    print(f"wrote {PATH.name} ({PATH.stat().st_size:,} bytes): {', '.join(chosen)}")
+    for path in dict.fromkeys(path_of(family) for family in chosen):
+        mine = [family for family in chosen if path_of(family) == path]
+        found = load_file(path) if path.exists() and sys.argv[1:] else {}
+        found = {name: array for name, array in found.items() if name.split("/")[0] not in mine}
+        for family in mine:
+            found |= vectors(family)
+        save_file(found, path)
+        print(f"wrote {path.name} ({path.stat().st_size:,} bytes): {', '.join(mine)}")

@@ -5,31 +5,38 @@ SmolLM2's gradients are taken in float64: torch's own float32 is up to 2e-4 away
 
 from __future__ import annotations
 
+import copy
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def model(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
     """transformers' own class for the config, in float32 with these tensors (all of them, and no others)."""
-    fields = {
-        name: value for name, value in config.items() if name not in ("model_type", "architectures", "torch_dtype")
-    }
-    fields["pad_token_id"] = None  # torch gives the row of a padding token no gradient
-    hf = AutoConfig.for_model(config["model_type"], **fields)
-    result = AutoModelForCausalLM.from_config(hf, attn_implementation="eager", dtype=torch.float32)
-    state = {name: torch.from_numpy(array) for name, array in tensors.items()}
-    missing, unexpected = result.load_state_dict(state, strict=False)
-    assert not unexpected, unexpected
-    assert set(missing) <= {"lm_head.weight"}, missing
-    result.tie_weights()
+    with tempfile.TemporaryDirectory() as folder:
+        # torch gives the row of a padding token no gradient.
+        write_folder(Path(folder), {**config, "torch_dtype": "float32", "pad_token_id": None}, tensors)
+        result, info = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        )
+    problems = {kind: names for kind, names in info.items() if names and set(names) != {"lm_head.weight"}}
+    assert not problems, problems
     return result.float().eval()
+
+
+def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    """A Hugging Face folder without a tokenizer."""
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
@@ -48,10 +55,18 @@ def greedy(model: Any, prompt: list[int], new: int) -> list[int]:
 
 
 def all_gradients(model: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Gradient of `loss` for every parameter; a tied head's is part of the embedding's."""
+    """Gradient of `loss` for every parameter, under its name in a checkpoint; a tied head's is in the embedding's.
+
+    What transformers holds in other shapes than it saves (experts) is saved with the gradients in its place.
+    """
     model.zero_grad()
     loss(model, tokens).backward()
-    return {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
+    values = copy.deepcopy(model)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        for parameter, of_model in zip(values.parameters(), model.parameters(), strict=True):
+            parameter.copy_(of_model.grad)
+        values.save_pretrained(folder)
+        return {name: np.array(array) for name, array in load_file(Path(folder) / "model.safetensors").items()}
 
 
 def with_adapter(model: Any, adapter: dict[str, np.ndarray], rank: int, alpha: float) -> Any:

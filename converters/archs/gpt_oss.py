@@ -1,0 +1,73 @@
+"""gpt-oss 20b and 120b: https://huggingface.co/docs/transformers/model_doc/gpt_oss
+
+Their experts come in MXFP4 (`converters.mxfp4`) or, once converted, in the layout below.
+"""
+
+from __future__ import annotations
+
+from converters.archs.base import ArchSpec, ConfigReader
+from converters.archs.common import read_common, read_windows
+from converters.archs.moe import read_moe
+from converters.expert_layout import Rename, StackExperts
+from jaxft.models.config import DecoderConfig, LayerType
+
+# gate and up in turn: columns 0, 2, 4, ... and 1, 3, 5, ...; weights are [in, out].
+_GATE_UP, _DOWN = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"), ("mlp.experts.{}.down_proj",)
+
+# Of transformers' GptOssConfig.
+_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
+def _read_config(reader: ConfigReader) -> DecoderConfig:
+    reader.default(_ROPE, "rope_parameters", "rope_scaling")
+    fields = read_common(reader, theta=150000.0)
+    layers, bias = fields["num_hidden_layers"], reader.take("attention_bias", True)
+    alternating: list[LayerType] = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    # Other spellings of fields that are there, and fields that transformers' class does not look at.
+    for name in ("experts_per_token", "initial_context_length"):
+        reader.take(name, None)
+    return DecoderConfig(
+        **fields,
+        **read_windows(reader, layers, alternating),
+        qkv_bias=bias,
+        o_bias=bias,
+        attention_sinks=True,
+        moe=read_moe(
+            reader,
+            experts="num_local_experts",
+            moe_intermediate_size=fields["intermediate_size"],
+            norm_topk_prob=True,
+            router_bias=True,
+            expert_bias=True,
+            expert_act="clamped_swiglu",
+            swiglu_alpha=float(reader.take("swiglu_alpha", 1.702)),
+            swiglu_limit=float(reader.take("swiglu_limit", 7.0)),
+        ),
+    )
+
+
+def _of(parts: tuple[str, ...], kind: str) -> tuple[str, ...]:
+    return tuple(f"{part}.{kind}" for part in parts)
+
+
+GPT_OSS = ArchSpec(
+    model_type="gpt_oss",
+    architecture="GptOssForCausalLM",
+    read_config=_read_config,
+    gguf=None,
+    models="gpt-oss-20b, gpt-oss-120b",
+    layout=(
+        Rename("mlp.router", "mlp.gate"),
+        StackExperts("mlp.experts.gate_up_proj", _of(_GATE_UP, "weight"), (0, 3, 2, 1)),
+        StackExperts("mlp.experts.gate_up_proj_bias", _of(_GATE_UP, "bias"), (0, 2, 1)),
+        StackExperts("mlp.experts.down_proj", _of(_DOWN, "weight"), (0, 3, 2, 1)),
+        StackExperts("mlp.experts.down_proj_bias", _of(_DOWN, "bias"), (0, 2, 1)),
+    ),
+)

@@ -1,0 +1,48 @@
+"""Granite 3 with experts (1B-A400M, 3B-A800M): https://huggingface.co/docs/transformers/model_doc/granitemoe"""
+
+from __future__ import annotations
+
+from converters.archs.base import ArchSpec, ConfigReader
+from converters.archs.common import read_common
+from converters.archs.moe import read_moe
+from converters.expert_layout import Rename, StackExperts
+from jaxft.models.config import DecoderConfig
+
+
+def _read_config(reader: ConfigReader) -> DecoderConfig:
+    fields = read_common(reader)
+    bias = reader.take("attention_bias", False)
+    return DecoderConfig(
+        **fields,
+        qkv_bias=bias,
+        o_bias=bias,
+        embedding_multiplier=float(reader.take("embedding_multiplier", 1.0)),
+        residual_multiplier=float(reader.take("residual_multiplier", 1.0)),
+        attention_scale=float(reader.take("attention_multiplier", 1.0)),
+        logit_scale=1 / float(reader.take("logits_scaling", 1.0)),
+        moe=read_moe(
+            reader,
+            experts="num_local_experts",
+            moe_intermediate_size=fields["intermediate_size"],
+            norm_topk_prob=True,
+            expert_act=fields["hidden_act"],
+        ),
+    )
+
+
+GRANITE_MOE = ArchSpec(
+    model_type="granitemoe",
+    architecture="GraniteMoeForCausalLM",
+    read_config=_read_config,
+    gguf=None,
+    models="Granite 3 1B-A400M and 3B-A800M",
+    layout=(
+        Rename("block_sparse_moe.router.layer", "mlp.gate"),
+        StackExperts(
+            "block_sparse_moe.input_linear.weight",
+            ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+            (0, 1, 2, 3),
+        ),
+        StackExperts("block_sparse_moe.output_linear.weight", ("mlp.experts.{}.down_proj.weight",), (0, 1, 2, 3)),
+    ),
+)

@@ -1,0 +1,71 @@
+"""The cases of families with experts, for `arch_cases`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_DERIVED_HEADS = {**_SIZES, "hidden_size": 48, "head_dim": None}
+_YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 10000.0, "beta_fast": 32.0,
+    "beta_slow": 1.0, "truncate": False,
+}  # fmt: skip
+
+MOE_CASES: dict[str, dict[str, dict[str, Any]]] = {
+    "qwen3_moe": {
+        "experts": {**_SIZES, **_EXPERTS, "head_dim": 12, "norm_topk_prob": True},
+        "dense layers between, biases": {
+            **_SIZES, **_EXPERTS, "head_dim": 12, "num_hidden_layers": 5, "decoder_sparse_step": 2,
+            "mlp_only_layers": [1], "attention_bias": True, "tie_word_embeddings": True,
+        },
+    },
+    "qwen2_moe": {
+        "shared expert": {**_DERIVED_HEADS, **_EXPERTS, "shared_expert_intermediate_size": 20},
+        "windows, dense layers": {
+            **_DERIVED_HEADS, **_EXPERTS, "shared_expert_intermediate_size": 20, "num_hidden_layers": 4,
+            "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3, "mlp_only_layers": [0],
+            "norm_topk_prob": True, "qkv_bias": False,
+        },
+    },
+    "olmoe": {
+        "experts": {**_DERIVED_HEADS, "num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 24},
+        "normed": {
+            **_DERIVED_HEADS, "num_experts": 4, "num_experts_per_tok": 3, "intermediate_size": 24,
+            "norm_topk_prob": True, "num_key_value_heads": 4,
+        },
+    },
+    "mixtral": {
+        "experts": {**_SIZES, "head_dim": 12, "num_local_experts": 5, "num_experts_per_tok": 2},
+        "window, one kv head": {
+            **_SIZES, "head_dim": 12, "num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 4,
+            "num_key_value_heads": 1, "tie_word_embeddings": True,
+        },
+    },
+    "granitemoe": {
+        "multipliers": {
+            **_DERIVED_HEADS, "num_local_experts": 5, "num_experts_per_tok": 2, "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 0.5,
+        },
+        "plain, tied, biases": {
+            **_DERIVED_HEADS, "num_local_experts": 4, "num_experts_per_tok": 3, "attention_multiplier": 0.3,
+            "tie_word_embeddings": True, "attention_bias": True,
+        },
+    },
+    "gpt_oss": {
+        "experts": {**_SIZES, "head_dim": 12, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 4,
+            "rope_parameters": _YARN, "rope_theta": None},
+        "three layers, tight clamp": {
+            **_SIZES, "head_dim": 12, "num_hidden_layers": 3, "num_local_experts": 4, "num_experts_per_tok": 3,
+            "sliding_window": 3, "swiglu_limit": 0.5, "swiglu_alpha": 1.2,
+        },
+    },
+}  # fmt: skip

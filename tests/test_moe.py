@@ -1,0 +1,237 @@
+"""The mixture of experts against its formula in float64, and what is particular to it in a decoder and a loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxft import lora, losses
+from jaxft.data.batch import Batch
+from jaxft.errors import JaxftError
+from jaxft.models import labels
+from jaxft.models.config import DecoderConfig, MoEConfig
+from jaxft.models.decoder import Decoder, abstract_decoder
+from jaxft.models.moe import Load, MoE, load_balancing_loss, utilisation
+from jaxft.models.params import expected_tensors, tensor_views
+
+D, TOKENS = 16, (2, 7)
+PLAIN = MoEConfig(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=12)
+CASES = {
+    "everything": dataclasses.replace(
+        PLAIN, scoring_func="sigmoid", norm_topk_prob=True, routed_scaling_factor=2.5, score_correction_bias=True,
+        n_group=3, topk_group=2, group_score="top2", expert_bias=True, router_bias=True, expert_act="clamped_swiglu",
+        swiglu_limit=1.0, shared_expert_intermediate_size=10, shared_expert_gate=True,
+    ),
+    "plain": PLAIN,
+    "normed": dataclasses.replace(PLAIN, norm_topk_prob=True, n_group=2, topk_group=1),
+    "scaled inputs": dataclasses.replace(PLAIN, scoring_func="sigmoid", num_experts_per_tok=1, scale_inputs=True),
+}  # fmt: skip
+
+
+def config_of(moe: MoEConfig | None = PLAIN, layers: int = 2, **others: Any) -> DecoderConfig:
+    return DecoderConfig(
+        vocab_size=50, hidden_size=D, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=64, moe=moe, **others,
+    )  # fmt: skip
+
+
+def random_moe(moe: MoEConfig) -> MoE:
+    block = MoE(config_of(moe), stack=(), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(1)
+    values = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape) * 0.5, x.dtype), nnx.state(block))
+    nnx.update(block, values)
+    return block
+
+
+def formula(block: MoE, moe: MoEConfig, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(y [M, D], tokens of each expert [E]), one token after the other, in float64."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(block)))
+    sigmoid = lambda z: 1 / (1 + np.exp(-z))  # noqa: E731
+
+    def mlp(weights: dict, z: np.ndarray, activation: str) -> np.ndarray:
+        gate, up = (weights[f"{n}_proj"]["weight"] @ z + weights[f"{n}_proj"].get("bias", 0) for n in ("gate", "up"))
+        if activation == "clamped_swiglu":
+            gate, up = np.minimum(gate, moe.swiglu_limit), np.clip(up, -moe.swiglu_limit, moe.swiglu_limit)
+            h = gate * sigmoid(moe.swiglu_alpha * gate) * (up + 1)
+        else:
+            h = gate * sigmoid(gate) * up
+        return weights["down_proj"]["weight"] @ h + weights["down_proj"].get("bias", 0)
+
+    outputs, counts = [], np.zeros(moe.num_experts)
+    for token in x.astype(np.float64):
+        logits = p["gate"]["weight"] @ token + p["gate"].get("bias", 0)
+        score = sigmoid(logits) if moe.scoring_func == "sigmoid" else np.exp(logits) / np.exp(logits).sum()
+        choice = (score + p["gate"].get("e_score_correction_bias", 0)).reshape(moe.n_group, -1)
+        best = np.sort(choice, axis=1)[:, -(1 if moe.group_score == "max" else 2) :].sum(axis=1)
+        allowed = np.argsort(-best)[: moe.topk_group]
+        choice = np.where(np.isin(np.arange(moe.n_group), allowed)[:, None], choice, -np.inf).ravel()
+        chosen = np.argsort(-choice)[: moe.num_experts_per_tok]
+        weight = score[chosen] / (score[chosen].sum() if moe.norm_topk_prob else 1) * moe.routed_scaling_factor
+        y = np.zeros(D)
+        for e, w in zip(chosen, weight, strict=True):
+            counts[e] += 1
+            expert = jax.tree.map(lambda array, e=e: array[e], p["experts"])
+            y += mlp(expert, w * token, moe.expert_act) if moe.scale_inputs else w * mlp(expert, token, moe.expert_act)
+        if moe.shared_expert_intermediate_size:
+            gate = sigmoid(p["shared_expert_gate"]["weight"] @ token) if moe.shared_expert_gate else 1
+            y += gate * mlp(p["shared_expert"], token, "silu")
+        outputs.append(y)
+    return np.stack(outputs), counts
+
+
+@pytest.mark.parametrize("name", ["everything", *(pytest.param(n, marks=pytest.mark.slow) for n in list(CASES)[1:])])
+def test_a_block_equals_its_formula_and_padding_goes_nowhere(name: str) -> None:
+    moe = CASES[name]
+    block = random_moe(moe)
+    x = np.random.default_rng(2).standard_normal((*TOKENS, D)).astype(np.float32)
+    segment_ids = jnp.asarray(np.where(np.arange(7) < 5, 1, 0) * np.ones((2, 1), int), jnp.int32)
+    graphdef, state = nnx.split(block)
+    run = jax.jit(lambda state, ids: nnx.merge(graphdef, state)(jnp.asarray(x), ids))
+    y, load = run(state, segment_ids)
+    present = np.asarray(segment_ids).ravel() > 0
+    expected, counts = formula(block, moe, x.reshape(-1, D)[present])
+    np.testing.assert_allclose(y.reshape(-1, D)[present], expected, atol=2e-5)
+    np.testing.assert_array_equal(load.counts, counts)
+    assert int(load.tokens) == present.sum()
+    if not moe.shared_expert_intermediate_size:
+        assert not np.any(y.reshape(-1, D)[~present])
+    # Without segments the same tokens give the same, and the padding counts.
+    assert run(state, None)[1].counts.sum() == x[..., 0].size * moe.num_experts_per_tok
+    # Negative control: weights that are a tenth larger are noticed.
+    other = dataclasses.replace(moe, routed_scaling_factor=1.1 * moe.routed_scaling_factor)
+    assert np.abs(formula(block, other, x.reshape(-1, D)[present])[0] - expected).max() > 1e-2
+
+
+def test_the_load_balancing_loss_is_transformers() -> None:
+    """E sum f P over the tokens of all layers; 1 per choice where every expert gets the same."""
+    even = Load(jnp.full((3, 4), 6.0), jnp.full((3, 4), 3.0), jnp.full(3, 12.0))
+    assert load_balancing_loss(even, 4) == pytest.approx(2.0)
+    assert {name: float(x) for name, x in utilisation(even).items()} == {"moe/busiest": 1.0, "moe/idle": 0.0}
+    one = Load(jnp.asarray([[12.0, 0, 0, 0]]), jnp.asarray([[12.0, 0, 0, 0]]), jnp.asarray([12.0]))
+    assert load_balancing_loss(one, 4) == pytest.approx(4.0)
+    assert {name: float(x) for name, x in utilisation(one).items()} == {"moe/busiest": 4.0, "moe/idle": 0.75}
+
+
+@functools.cache
+def random_decoder(config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """Split; jitted, because every eager random draw compiles."""
+    graphdef = nnx.graphdef(abstract_decoder(config, jnp.float32))
+    return graphdef, jax.jit(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0))))()
+
+
+def decoder_of(config: DecoderConfig) -> Decoder:
+    return nnx.merge(*random_decoder(config))
+
+
+def batch(tokens: np.ndarray, segment_ids: np.ndarray | None = None) -> Batch:
+    tokens = jnp.asarray(tokens, jnp.int32)
+    ids = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], jnp.ones(tokens[:, 1:].shape, jnp.float32), ids, None)
+
+
+def test_the_router_is_frozen_unless_asked_for_and_then_pays_for_imbalance() -> None:
+    decoder = decoder_of(config_of(dataclasses.replace(PLAIN, router_aux_loss_coef=0.5)))
+    data = batch(np.random.default_rng(0).integers(0, 50, (1, 12)))
+    labels.set_trainable(decoder, {"base"})
+    base_def, base = nnx.split(decoder)
+    plain, _, metrics = jax.jit(lambda base: losses.sft(nnx.merge(base_def, base), data))(base)
+    assert "moe/aux_loss" not in metrics
+    assert float(metrics["moe/busiest"][0]) >= 1
+    labels.set_trainable(decoder, {"router"})
+    graphdef, trainable, frozen = labels.split(decoder)
+    names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(trainable)}
+    assert names == {"model.layers.mlp.gate.weight"}
+
+    def loss(trainable: nnx.State, coefficient: float) -> Any:
+        model = nnx.merge(graphdef, trainable, frozen)
+        model.config = config_of(dataclasses.replace(PLAIN, router_aux_loss_coef=coefficient))
+        total, weight, metrics = losses.sft(model, data)
+        return total, (weight, metrics)
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    (total, (weight, metrics)), gradient = run(trainable, 0.5)
+    penalty = metrics["moe/aux_loss"][0]
+    np.testing.assert_allclose(total, plain + 0.5 * penalty * weight, rtol=1e-5)
+    without = run(trainable, 0.0)[1]
+    difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), gradient, without)
+    assert max(jax.tree.leaves(difference)) > 1e-3
+
+
+def test_layers_of_several_kinds_are_stacks_of_their_own_under_hf_names() -> None:
+    config = config_of(layers=3, mlp_layer_types=("dense", "sparse", "sparse"))
+    names = expected_tensors(config)
+    for layer, kind in enumerate(config.mlp_layer_types):
+        assert (f"model.layers.{layer}.mlp.up_proj.weight" in names) == (kind == "dense")
+        assert (f"model.layers.{layer}.mlp.experts.5.up_proj.weight" in names) == (kind == "sparse")
+    assert names["model.layers.2.mlp.experts.0.down_proj.weight"] == (D, 12)
+    decoder = decoder_of(config)
+    views = tensor_views(decoder)
+    assert set(views) == set(names)
+    third = decoder.model.layers.sparse.mlp.experts.up_proj.weight.get_value()[1, 4]
+    np.testing.assert_array_equal(views["model.layers.2.mlp.experts.4.up_proj.weight"].read(), third)
+
+
+def test_adapters_of_experts_are_split_and_every_remat_policy_gives_their_gradients() -> None:
+    """W + scale B A for each expert, with gradients by autodiff of that; and no policy changes them."""
+    config = config_of(layers=3, mlp_layer_types=("dense", "sparse", "sparse"))
+    decoder = decoder_of(config)
+    lora.attach(decoder, lora.LoraConfig(r=2, lora_alpha=6), key=jax.random.key(0))
+    rng = np.random.default_rng(5)
+    tensors = {
+        n: rng.standard_normal(a.shape).astype(np.float32) * 0.3 for n, a in lora.adapter_tensors(decoder).items()
+    }
+    lora.load_adapter_tensors(decoder, tensors)
+    assert "model.layers.1.mlp.experts.3.up_proj.lora_A.weight" in tensors
+    again = lora.adapter_tensors(decoder)
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(again[name], array)
+    data = batch(rng.integers(0, 50, (2, 9)), np.array([[1] * 5 + [2] * 3, [1] * 6 + [0] * 2]))
+    data = data._replace(loss_mask=(data.segment_ids > 0).astype(jnp.float32))
+    graphdef, trainable, frozen = labels.split(decoder)
+
+    def gradients(policy: str) -> Any:
+        def loss(trainable: nnx.State) -> jax.Array:
+            model = nnx.merge(graphdef, trainable, frozen)
+            model.remat = policy
+            return losses.sft(model, data)[0]
+
+        return jax.jit(jax.grad(loss))(trainable)
+
+    found = gradients("none,unroll=all")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, gradients("offload,unroll=1"))
+
+    # Of W + s B A, whose gradient is dW: dA = s B^T dW and dB = s dW A^T.
+    merged, modules = lora.without_adapter(decoder), lora.linears(decoder)
+    for path, module in lora.linears(merged).items():
+        a, b = (np.asarray(factor.get_value()) for factor in (modules[path].lora_A, modules[path].lora_B))
+        module.weight.set_value(module.weight.get_value() + jnp.asarray(3 * b @ a))
+    labels.set_trainable(merged, {"base"})
+    merged_def, base, rest = labels.split(merged)
+    run = jax.jit(jax.grad(lambda base: losses.sft(nnx.merge(merged_def, base, rest), data)[0]))
+    d_weights = {".".join(map(str, path[:-1])): np.asarray(v.get_value()) for path, v in nnx.to_flat_state(run(base))}
+    for path, variable in nnx.to_flat_state(found):
+        name, part = ".".join(map(str, path[:-1])), path[-1]
+        a, b = (np.asarray(factor.get_value()) for factor in (modules[name].lora_A, modules[name].lora_B))
+        expected = 3 * (b.mT @ d_weights[name] if part == "lora_A" else d_weights[name] @ a.mT)
+        np.testing.assert_allclose(variable.get_value(), expected, atol=1e-4, err_msg=name)
+        assert np.abs(expected).max() > 1e-3, name
+
+
+def test_what_cannot_be_is_refused() -> None:
+    for change, message in (
+        ({"num_experts_per_tok": 7}, "exceeds the 6"),
+        ({"n_group": 4}, "does not divide"),
+        ({"n_group": 2, "topk_group": 3}, "exceeds n_group"),
+        ({"num_experts": 0}, "positive"),
+    ):
+        with pytest.raises(JaxftError, match=message):
+            dataclasses.replace(PLAIN, **change)
+    with pytest.raises(JaxftError, match="moe"):
+        config_of(None, mlp_layer_types=("dense", "sparse"))
