@@ -297,7 +297,7 @@ class Decoder(nnx.Module):
         lengths: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None, Load | None]:
-        """The layers alone, between `embed` and the final norm: (hidden [B, T, D], the new cache, the load of experts)."""
+        """The layers alone, from `embed` to the final norm: (hidden [B, T, D], the new cache, the load of experts)."""
         info = SequenceInfo(self._rotations(positions, segment_ids, lengths), positions, segment_ids)
         carry = (hidden_BTD, cache)
         loads = []
