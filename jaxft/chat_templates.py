@@ -201,7 +201,7 @@ def _standard(row: Mapping[str, Any], index: int, roles: Mapping[str, str]) -> d
     turns = []
     for turn in row[column]:
         role, text = (next((turn[key] for key in keys if key in turn), None) for keys in _KEYS)
-        if role not in roles:
+        if not isinstance(role, str) or role not in roles:
             raise JaxftError(where, f"has the unknown role {role!r}", f"Known: {', '.join(roles)}.")
         turns.append({"role": roles[role], "content": text})
     return {**row, column: turns}
