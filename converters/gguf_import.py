@@ -117,7 +117,7 @@ class GGUFCheckpoint:
         if config["rope_parameters"].get("rope_type") == "longrope":
             # The shortest decimals that mean these float32, as everywhere in the metadata.
             config["rope_parameters"] |= {
-                field: [float(str(value)) for value in _read(self._path, entries[tensor])]
+                field: [float(str(value)) for value in read_entry(self._path, entries[tensor])]
                 for field, tensor in FACTORS.items()
             }
         return config

@@ -27,7 +27,7 @@ def lowered_decode(slots: int, dtype: str = "float32") -> str:
     ("slots", "dtype", "kernel"),
     [
         pytest.param(1, "float32", "matvec_kernel", marks=pytest.mark.slow),
-        (4, "bfloat16", "matvec_kernel"),
+        pytest.param(4, "bfloat16", "matvec_kernel", marks=pytest.mark.slow),
         (64, "bfloat16", "tensor_core_kernel"),
     ],
 )

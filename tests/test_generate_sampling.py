@@ -104,6 +104,7 @@ def test_frequencies_of_a_models_tokens():
         assert p_value(drawn, reference_probabilities(logits, sampling, seen)) > 0.01
 
 
+@pytest.mark.slow
 def test_the_penalty_counts_for_greedy_tokens_too():
     """No token of the prompt or the completion comes again."""
     prompt, sampling = [5, 6, 7], Sampling(repetition_penalty=1e6)

@@ -57,9 +57,9 @@ def losses_of_steps(decoder, batch, steps: int, learning_rate: float) -> list[fl
 @pytest.mark.parametrize(
     ("case", "settings"),
     [
-        *((case, {}) for case in CASES),
-        *((FIRST, settings) for settings in VARIANTS),
-        *(pytest.param(case, settings, marks=pytest.mark.slow) for case in OTHERS for settings in VARIANTS),
+        (FIRST, {}),
+        *(pytest.param(case, {}, marks=pytest.mark.slow) for case in OTHERS),
+        *(pytest.param(case, settings, marks=pytest.mark.slow) for case in CASES for settings in VARIANTS),
     ],
 )
 def test_gradients_equal_peft(case, settings):

@@ -192,6 +192,7 @@ def decoder() -> Any:
     return with_adapter(decoder_of())
 
 
+@pytest.mark.slow
 def test_dpo_of_a_decoder_equals_the_dense_one(decoder: Any) -> None:
     """Packed pairs, chunked log-probabilities and the adapter switched off, against none of that."""
     batch = pairs_of(text_of(), None)

@@ -136,6 +136,7 @@ def batch(tokens: np.ndarray, segment_ids: np.ndarray | None = None) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], jnp.ones(tokens[:, 1:].shape, jnp.float32), ids, None)
 
 
+@pytest.mark.slow
 def test_the_router_is_frozen_unless_asked_for_and_then_pays_for_imbalance() -> None:
     decoder = decoder_of(config_of(dataclasses.replace(PLAIN, router_aux_loss_coef=0.5)))
     data = batch(np.random.default_rng(0).integers(0, 50, (1, 12)))
@@ -178,6 +179,7 @@ def test_layers_of_several_kinds_are_stacks_of_their_own_under_hf_names() -> Non
     np.testing.assert_array_equal(views["model.layers.2.mlp.experts.4.up_proj.weight"].read(), third)
 
 
+@pytest.mark.slow
 def test_adapters_of_experts_are_split_and_every_remat_policy_gives_their_gradients() -> None:
     """W + scale B A for each expert, with gradients by autodiff of that; and no policy changes them."""
     config = config_of(layers=3, mlp_layer_types=("dense", "sparse", "sparse"))

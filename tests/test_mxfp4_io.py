@@ -74,6 +74,7 @@ def test_experts_stay_in_mxfp4_and_come_back_bit_by_bit(folder: Path, tmp_path: 
     assert {**config, "quantization_config": CONFIG["quantization_config"]} == CONFIG
 
 
+@pytest.mark.slow
 def test_a_decoder_over_mxfp4_computes_what_its_values_say(folder: Path) -> None:
     source = open_checkpoint(folder)
     decoder = load_decoder(source, dtype=jnp.float32)

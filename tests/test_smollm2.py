@@ -109,6 +109,7 @@ def test_unrolled_equals_scanned(adapted):
     assert max(relative_l2(unrolled[name], scanned[name]) for name in scanned) < 1e-5
 
 
+@pytest.mark.slow
 def test_nf4_starts_where_bitsandbytes_does_and_learns(smollm2_gguf):
     """bitsandbytes rounds a few 8-bit absmax codes the other way (see test_nf4.py), which moves the loss by 4e-4."""
     model = FastLanguageModel.from_pretrained(smollm2_gguf, load_in_4bit=True)[0]

@@ -96,6 +96,7 @@ def test_a_run(model: LanguageModel, tmp_path: Path):
         np.testing.assert_array_equal(final[name], array)
 
 
+@pytest.mark.slow
 def test_remat_auto_takes_what_fits_and_changes_no_loss(tiny_hf_dir: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
     plain = train(fresh(tiny_hf_dir), tmp_path / "plain")

@@ -305,7 +305,7 @@ class Decoder(nnx.Module):
             carry, load = self._run_segment(segment, carry, info, dropout_key)
             loads += load
         every = jax.tree.map(lambda *parts: jnp.concatenate(parts), *loads) if loads else None
-        return *carry, every
+        return carry[0], carry[1], every
 
     def _rotations(
         self, positions: jax.Array, segment_ids: jax.Array | None, lengths: jax.Array | None
