@@ -254,6 +254,24 @@ def test_dropout(tiny_hf_dir: Path, tmp_path: Path):
     assert evaluated[0] == evaluated[1]
 
 
+def test_noise_on_embeddings_is_for_training_only(tiny_hf_dir: Path, tmp_path: Path):
+    """It changes the loss by its size, by its seed, and evaluation not at all; nothing is learnt here."""
+    model = fresh(tiny_hf_dir)
+
+    def losses(alpha: float | None, seed: int) -> list[float]:
+        settings = {"neftune_noise_alpha": alpha, "seed": seed, "learning_rate": 0.0, "max_steps": 1}
+        return [row["loss"] for row in train(model, tmp_path / f"{alpha}-{seed}", ROWS[:2], **settings).rows]
+
+    evaluated = SFTTrainer(model, args=SETTINGS).evaluate(ROWS)
+    without, little, much, other = losses(None, 1), losses(0.01, 1), losses(50.0, 1), losses(50.0, 2)
+    assert little == pytest.approx(without, rel=1e-3)
+    assert little != without
+    assert much != pytest.approx(without, rel=1e-3)
+    assert much != pytest.approx(other, rel=1e-3)
+    noisy = dataclasses.replace(SETTINGS, neftune_noise_alpha=50.0)
+    assert SFTTrainer(model, args=noisy).evaluate(ROWS) == evaluated
+
+
 def direct_loss(model: LanguageModel, rows: list[dict[str, Any]]) -> tuple[float, int]:
     """Mean -log p of the trained tokens, one row at a time in numpy, and how many there are."""
     total, count = 0.0, 0

@@ -34,8 +34,8 @@ class LoraConfig:
       modules_to_save: names that the paths of modules end in that train whole: embed_tokens, lm_head, norms ...
       exclude_modules: as target_modules, of modules not to adapt.
       layers_to_transform: numbers of the layers to adapt; None: all. Not with a regular expression for the targets.
-      rank_pattern, alpha_pattern: r and lora_alpha of some modules: regular expression for the end of a path -> value;
-        the first that matches counts.
+      rank_pattern: r of some modules: regular expression for the end of a path -> value; the first that matches counts.
+      alpha_pattern: the same for lora_alpha.
       init_lora_weights: what A and B start from: True, "gaussian", "pissa", "pissa_niter_N", "olora" or "loftq", as
         `jaxft.lora.start` says.
       ensure_weight_tying: a head that is the embedding stays so where the embedding is among modules_to_save. False, as

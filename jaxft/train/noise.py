@@ -51,9 +51,9 @@ class NoisyEmbedding:
     """
 
     def __init__(self, embedding: Embedding, batch: Batch, key: jax.Array, alpha: float) -> None:
-        self.weight = embedding.weight  # the head, where it is tied, has no noise
+        self.weight, self.dtype = embedding.weight, embedding.dtype  # of a head that is tied to it, which has no noise
         self._embedding = embedding
-        self._bound_BT = alpha / jnp.sqrt(document_lengths(batch) * self.weight.get_value().shape[-1])
+        self._bound_BT = alpha / jnp.sqrt(document_lengths(batch) * embedding.out_features)
         self._key = key
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
