@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -95,6 +97,34 @@ def test_policy_losses_equal_the_papers_formulas(settings: PolicyLoss) -> None:
     assert metrics["entropy"][0] == metrics["entropy"][1] == learnt.sum()
 
 
+def completions_alone() -> PolicyBatch:
+    """`policy_batch`'s completions, each in a row of its own."""
+    packed = policy_batch()
+    text = text_of(length=10, rows=[[i] for i in range(len(LENGTHS))])
+    text.loss_mask[7] = 0
+    return PolicyBatch(text, np.ones((8, 1), np.float32), packed.advantages[MASK != 0][:, None])
+
+
+def test_policy_losses_equal_trl() -> None:
+    """Every case against what GRPOTrainer computes; vectors/make_trl_policy_losses.py."""
+    stored = json.loads((Path(__file__).parent / "vectors" / "trl_policy_losses.json").read_text())
+    batch = completions_alone()
+    new = random_log_probs(batch.text, 1)
+    batch = batch._replace(old_log_probs=near(batch.text, new, 2))
+
+    def ours(log_probs: jax.Array, ref: jax.Array, batch: PolicyBatch, settings: PolicyLoss) -> jax.Array:
+        total, weight, _ = of_tokens(TokenLogProbs(log_probs, log_probs), ref, batch, settings)
+        return total / weight
+
+    def each(*arguments: Any) -> Any:  # in one program
+        return {name_of(settings): jax.value_and_grad(ours)(*arguments, settings) for settings in CASES}
+
+    for name, (value, gradient) in in_float64(each, new, near(batch.text, new, 3), batch).items():
+        np.testing.assert_allclose(value, stored[name]["loss"], rtol=1e-9, err_msg=name)
+        learnt = gradient[batch.text.loss_mask != 0]
+        np.testing.assert_allclose(learnt, stored[name]["gradient"], rtol=1e-9, atol=1e-14, err_msg=name)
+
+
 def test_clipping_happens_and_is_counted() -> None:
     """Negative control of the cases: bounds out of reach give another loss, and nothing is counted."""
     batch = policy_batch()
@@ -178,9 +208,7 @@ def test_policy_of_a_decoder_equals_the_dense_one(decoder: Any) -> None:
 def test_neither_packing_nor_accumulation_changes_a_step() -> None:
     """Eight completions in three rows of one micro-batch, and in eight micro-batches of one: update and metrics."""
     packed = policy_batch()
-    alone = text_of(length=10, rows=[[i] for i in range(len(LENGTHS))])
-    alone.loss_mask[7] = 0
-    one_a_row = PolicyBatch(alone, np.ones((8, 1), np.float32), packed.advantages[MASK != 0][:, None])
+    one_a_row = completions_alone()
     graphdef, trainable, frozen = labels.split(with_adapter(decoder_of()))
     tx = optax.sgd(1.0)
     step = make_train_step(graphdef, partial(losses.policy, settings=PolicyLoss("grpo", beta=0.1)), tx)

@@ -30,14 +30,15 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows of documents, a pytree of five arrays [..., T] (from the loader [A, B, T]: accumulation, rows, tokens).
+    """Rows of documents, a pytree of arrays [..., T] (from the loader [A, B, T]: accumulation, rows, tokens).
 
     Attributes:
       tokens: int32; 0 in the padding.
       targets: int32; the next token of the same document, 0 where there is none.
       loss_mask: float32; 1 where `targets` is trained on. 0 at each document's last token, so no loss ever crosses
         from one document into the next.
-      segment_ids: int32; 1, 2, ... for a row's documents, 0 in the padding. None: one document a row, no padding.
+      segment_ids: int32; 1, 2, ... for a row's documents, 0 in the padding. None: at most one document a row, from its
+        start. What attention then computes in the padding after it is read by no token and no loss.
       positions: int32; from 0 in every document, 0 in the padding.
     """
 
