@@ -59,7 +59,7 @@ SIZES = {
     "small": Size(
         1,
         120,
-        60,
+        40,
         dataclasses.replace(
             SETTINGS,
             per_device_train_batch_size=32,
@@ -67,7 +67,8 @@ SIZES = {
             generation_batch_size=64,
             max_completion_length=6,
             max_steps=24,
-            learning_rate=1e-3,
+            learning_rate=3e-4,
+            temperature=0.7,
             warmup_steps=2,
         ),
     ),

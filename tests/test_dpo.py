@@ -12,11 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxft import DPOConfig, DPOTrainer, FastLanguageModel, LanguageModel
+import dpo_cases
+from alpaca_cases import first_values
+from jaxft import DPOConfig, DPOTrainer, FastLanguageModel, LanguageModel, lora
 from jaxft.data.preference import PairLoader, read_pairs
 from jaxft.errors import JaxftError
 from jaxft.train.dpo import precompute
-from language_models import loaded
+from language_models import adapter_of, loaded
+from pinned import LLAMAFACTORY
 
 TEXTS = [{"prompt": f"Is {i} even?", "chosen": " It is fine.", "rejected": " No, and do not ask."} for i in range(6)]
 MESSAGES = [
@@ -140,3 +143,29 @@ def test_a_reference_needs_an_adapter(tiny_hf_dir: Path) -> None:
     DPOTrainer(model, train_dataset=TEXTS, args=dataclasses.replace(SETTINGS, loss_type="orpo"))
     with pytest.raises(JaxftError, match="beta"):
         DPOConfig(beta=0)
+
+
+@pytest.mark.slow
+def test_dpo_follows_trl(smollm2_gguf: Path, unpacked: Any, tmp_path: Path) -> None:
+    """Losses and reward margins of TRL's run in tests/vectors/trl_dpo_curve.json, step by step."""
+    model = loaded(smollm2_gguf, dtype="float32")
+    model = FastLanguageModel.get_peft_model(model, **dpo_cases.LORA, use_gradient_checkpointing=False)
+    shapes = {name: array.shape for name, array in adapter_of(model).items()}
+    first = {
+        name: first_values(shape, name.split(".lora_A")[0]) if ".lora_A" in name else np.zeros(shape, np.float32)
+        for name, shape in shapes.items()
+    }
+    lora.load_adapter_tensors(model.decoder, first)
+    args = DPOConfig(
+        output_dir=str(tmp_path), beta=dpo_cases.BETA, max_seq_length=dpo_cases.MAX_LENGTH, packing=False, seed=0,
+        save_strategy="no", **dpo_cases.TRAINING,
+    )  # fmt: skip
+    pairs = dpo_cases.rows(unpacked(LLAMAFACTORY), model.tokenizer)
+    rows = DPOTrainer(model, train_dataset=pairs, args=args).train().rows
+    curve = json.loads((Path(__file__).parent / "vectors" / "trl_dpo_curve.json").read_text())
+    for name in dpo_cases.METRICS:
+        ours, theirs = np.array([row[name] for row in rows]), np.array(curve[name])
+        error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+        print(f"{name}: {error:.2e} of the largest")
+        assert error < 0.02, name
+    assert np.abs(curve["rewards/margins"]).max() > 0.1, "there is something to follow"

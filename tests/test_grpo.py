@@ -17,7 +17,6 @@ from jaxft.errors import JaxftError
 from jaxft.losses.tokens import token_log_probs
 from jaxft.train import rewards
 from language_models import adapter_of, loaded
-from tiny import write_tokenizer
 
 ROWS = [{"prompt": f"Say {word}", "answer": word} for word in ("yes", "no", "maybe", "so")]
 SETTINGS = GRPOConfig(
@@ -182,25 +181,6 @@ def test_settings_that_do_not_fit_are_refused(tiny_hf_dir: Path, tmp_path: Path)
         trainer_of(base, tmp_path, beta=0.1)
     with pytest.raises(JaxftError, match="has 2 for 1 reward functions"):
         trainer_of(base, tmp_path, reward_weights=(1.0, 2.0))
-
-
-@pytest.mark.slow
-def test_a_vocabulary_larger_than_the_tokenizers(make_tiny_hf: Any, tmp_path: Path) -> None:
-    """Tokens that the tokenizer has no text for are drawn, judged by their text, which is empty, and learnt from."""
-    folder = make_tiny_hf(tmp_path / "hf", vocab_size=420)
-    write_tokenizer(folder)
-    model = FastLanguageModel.get_peft_model(loaded(folder), r=4, use_gradient_checkpointing=False)
-    beyond = len(model.tokenizer)
-
-    def known(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        for text, ids in zip(completions, completion_ids, strict=True):
-            assert text == model.tokenizer.decode([i for i in ids if i < beyond], skip_special_tokens=True)
-        return [float(np.mean(np.asarray(ids) < beyond)) for ids in completion_ids]
-
-    trainer_of(model, tmp_path / "run", known).train()
-    rewards_of = [row["reward"] for row in lines(tmp_path / "run" / "rollouts.jsonl")]
-    assert rewards_of[0] < 0.9, "some are drawn"
-    assert np.mean(rewards_of[-2:]) > rewards_of[0] + 0.1
 
 
 @pytest.mark.slow
