@@ -129,7 +129,8 @@ class StreamLoader:
         indices = [[next(numbers) for _ in row] for row in rows]
         missing = self.shape[0] * self.shape[1] - len(rows)
         batch = lay_out(examples, indices + [[]] * missing, self.max_seq_length)
-        return Batch(*(array.reshape(*self.shape, -1) for array in batch))
+        batch = Batch(*(array.reshape(*self.shape, -1) for array in batch))
+        return batch if self._packing.packing else batch.one_document_a_row()
 
 
 @dataclasses.dataclass

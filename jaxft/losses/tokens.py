@@ -68,5 +68,4 @@ def _membership(segment_ids: jax.Array, sequences: int) -> jax.Array:
 
 def count_tokens(batch: Batch) -> jax.Array:
     """float32: how many tokens are not padding."""
-    tokens = jnp.int32(batch.tokens.size) if batch.segment_ids is None else jnp.sum(batch.segment_ids > 0)
-    return tokens.astype(jnp.float32)
+    return jnp.sum(batch.present).astype(jnp.float32)

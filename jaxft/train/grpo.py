@@ -269,7 +269,7 @@ class GRPOTrainer:
         for prompt, tokens in zip(rollout.prompts, drawn.tokens, strict=True):
             ids = np.asarray([*prompt.tokens, *tokens], np.int32)
             examples.append(Example(prompt.where, ids, np.arange(len(ids)) >= len(prompt.tokens)))
-        text = lay_out(examples, [[i] for i in range(len(examples))], self._row_length)
+        text = lay_out(examples, [[i] for i in range(len(examples))], self._row_length).one_document_a_row()
         # With one step on each rollout, that step's policy is the rollout's own.
         old = _placed(drawn, text.loss_mask) if args.num_iterations > 1 else None
         if args.mask_truncated_completions:
