@@ -113,7 +113,7 @@ class GRPOConfig(SFTConfig):
                 f"is {self.num_generations}: it must be at least 2, and divide the {self.completions} completions of a "
                 "rollout (per_device_train_batch_size x gradient_accumulation_steps)",
             )
-        for name in ("neftune_noise_alpha", "dataset_text_field"):
+        for name in ("neftune_noise_alpha", "dataset_text_field", "streaming"):
             if getattr(self, name):
                 raise JaxftError(name, "has no meaning for GRPO", "Leave it out")
         if self.eval_strategy != "no":
