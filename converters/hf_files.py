@@ -39,6 +39,8 @@ _VOCABULARIES = (
     "tekken.json",
     "*.tiktoken",
 )
+# What else belongs to a tokenizer.
+_OF_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "*.jinja")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -89,6 +91,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 def has_tokenizer(names: Iterable[str]) -> bool:
     """Whether one of the file names holds a vocabulary."""
     return any(_matches(name, _VOCABULARIES) for name in names)
+
+
+def without_tokenizer(sidecars: dict[str, bytes]) -> dict[str, bytes]:
+    """The sidecars that belong to no tokenizer."""
+    patterns = (*_VOCABULARIES, *_OF_TOKENIZERS)
+    return {name: content for name, content in sidecars.items() if not _matches(Path(name).name, patterns)}
 
 
 def write_small_files(checkpoint: Checkpoint, folder: Path) -> None:

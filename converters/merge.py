@@ -10,6 +10,7 @@ import numpy as np
 
 from converters.archs import arch_of
 from converters.checkpoint import Checkpoint, TensorInfo
+from converters.hf_files import without_tokenizer
 from converters.load import EMBEDDING, HEAD
 from converters.peft_io import Adapter, scale_of
 from jaxft.errors import JaxftError
@@ -22,21 +23,27 @@ if TYPE_CHECKING:
 
 
 class DerivedCheckpoint:
-    """What a computed checkpoint takes over from the one that it is computed from; others add `read`."""
+    """What a computed checkpoint takes over from the one that it is computed from; others add `read`.
+
+    Attributes:
+      new_tokenizer: in place of the base's.
+    """
 
     def __init__(self, base: Checkpoint) -> None:
         self._base = base
+        self.new_tokenizer: PreTrainedTokenizerBase | None = None
         self.where = base.where
         self.config = base.config
         self.tensors = base.tensors
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The base's."""
-        return self._base.tokenizer()
+        """The base's, or the new one."""
+        return self.new_tokenizer or self._base.tokenizer()
 
     def sidecars(self) -> dict[str, bytes]:
         """The base's."""
-        return self._base.sidecars()
+        sidecars = self._base.sidecars()
+        return sidecars if self.new_tokenizer is None else without_tokenizer(sidecars)
 
 
 class DecoderCheckpoint(DerivedCheckpoint):

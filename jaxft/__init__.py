@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxft.api import FastLanguageModel, LanguageModel
+    from jaxft.api import FastLanguageModel, LanguageModel, is_bfloat16_supported
     from jaxft.errors import JaxftError
     from jaxft.models.config import DecoderConfig
     from jaxft.models.decoder import Decoder
@@ -31,6 +31,7 @@ __all__ = [
     "LanguageModel",
     "SFTConfig",
     "SFTTrainer",
+    "is_bfloat16_supported",
 ]
 
 _HOME = {
@@ -45,6 +46,7 @@ _HOME = {
     "LanguageModel": "jaxft.api",
     "SFTConfig": "jaxft.train.sft",
     "SFTTrainer": "jaxft.train.sft",
+    "is_bfloat16_supported": "jaxft.api",
 }
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -75,8 +75,8 @@ class LanguageModel:
 
     def generate(
         self,
-        input_ids: TokenIds,
-        attention_mask: np.ndarray | None = None,
+        input_ids: Any,
+        attention_mask: Any = None,
         *,
         max_new_tokens: int = 128,
         do_sample: bool = False,
@@ -91,11 +91,14 @@ class LanguageModel:
         stop_strings: Sequence[str] = (),
         batch_size: int = 64,
         on_tokens: Callable[[int, list[int]], None] | None = None,
+        streamer: Any = None,
+        **unused: Any,
     ) -> list[list[int]]:
         """Each row's prompt followed by its new tokens, up to and including what ended it.
 
         Args:
-          input_ids: token ids, rows of any lengths, or an array [B, T].
+          input_ids: token ids, rows of any lengths, an array or tensor [B, T], or what a tokenizer gives for them,
+            which has the attention mask, too.
           attention_mask: 0 where an array's row is padding, left or right; the padding is dropped.
           max_new_tokens: at most so many.
           do_sample: draw with temperature, top_k, top_p and min_p; otherwise take the most likely token.
@@ -106,18 +109,27 @@ class LanguageModel:
           stop_strings: texts that end a row, too.
           batch_size: rows that are generated at once.
           on_tokens: is called with a row's number and its next tokens, as they are drawn.
+          streamer: an object with `put` and `end`, as transformers' TextStreamer, which gets a single row: its prompt
+            and then its tokens.
+          unused: use_cache and pad_token_id, which have no effect: there always is a cache, and never padding.
 
         Raises:
-          JaxftError: a setting out of range, a prompt that does not fit the model, or stop strings without a tokenizer.
+          JaxftError: a setting that is unknown or out of range, a prompt that does not fit the model, stop strings
+            without a tokenizer, or a streamer with several rows.
         """
-        rows = [[int(token) for token in row] for row in np.asarray(input_ids)] if _is_array(input_ids) else input_ids
-        prompts = [list(map(int, row)) for row in rows]
+        refuse_unknown("generate", unused.keys() - {"use_cache", "pad_token_id"}, LanguageModel.generate)
+        if isinstance(input_ids, Mapping):
+            input_ids, attention_mask = input_ids["input_ids"], input_ids.get("attention_mask", attention_mask)
+        rows = np.asarray(input_ids) if isinstance(input_ids, jax.Array) else input_ids
+        prompts = [[int(token) for token in row] for row in rows]
         if attention_mask is not None:
             if [len(row) for row in attention_mask] != [len(prompt) for prompt in prompts]:
                 raise JaxftError("attention_mask", "has another shape than input_ids")
             prompts = [
                 [t for t, keep in zip(*pair, strict=True) if keep] for pair in zip(prompts, attention_mask, strict=True)
             ]
+        if streamer is not None:
+            on_tokens = _streamed(streamer, prompts, num_return_sequences)
         eos = self.eos_token_ids() if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
         drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p} if do_sample else {}
         new = generate(
@@ -132,7 +144,14 @@ class LanguageModel:
             batch_size=batch_size,
             on_tokens=on_tokens,
         )
+        if streamer is not None:
+            streamer.end()
         return [prompts[row // num_return_sequences] + tokens for row, tokens in enumerate(new)]
+
+    @property
+    def device(self) -> str:
+        """Where `generate` takes token ids from: "cpu", the host's memory, for `inputs.to(model.device)`."""
+        return "cpu"
 
     def answer(
         self,
@@ -215,7 +234,8 @@ class LanguageModel:
 
         Args:
           save_directory: must be empty or not exist, unless `overwrite`.
-          tokenizer: accepted for the sake of the usual call; the checkpoint's own files are carried over.
+          tokenizer: written where its chat template or end-of-sequence token is another than the checkpoint's, whose
+            own files are carried over otherwise.
           save_method: "merged" keeps every tensor's stored dtype; "merged_16bit" makes wider ones bfloat16;
             "merged_4bit" keeps the linears of the layers in NF4, as bitsandbytes stores it; "lora" writes the adapter
             alone, as `save_pretrained`.
@@ -230,7 +250,7 @@ class LanguageModel:
         if save_method not in get_args(SaveMethod):
             known = ", ".join(get_args(SaveMethod))
             raise JaxftError("save_method", f"{save_method!r} is not known", f"Choose one of {known}")
-        merged = self._merged(base)
+        merged = self._merged(base, tokenizer)
         if save_method == "merged_16bit":
             merged = CastCheckpoint(merged)
         write = write_bnb if save_method == "merged_4bit" else write_hf
@@ -249,16 +269,19 @@ class LanguageModel:
     ) -> list[Path]:
         """Writes the merged model as GGUF, one file for each quantization (a name in `converters.gguf_mixes.MIXES`).
 
-        See `save_pretrained_merged` for the other arguments.
+        The folder may hold other files, as a merged checkpoint's. See `save_pretrained_merged` for the other arguments.
         """
         from converters.gguf_export import write_gguf
 
         methods = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
         check_gguf_quantizations(methods)
-        folder = prepare_output_dir(save_directory, overwrite=overwrite)
+        folder = prepare_output_dir(save_directory, overwrite=True)
         paths = [folder / f"model.{method.upper()}.gguf" for method in methods]
+        for path in paths:
+            if path.exists() and not overwrite:
+                raise JaxftError(path, "exists already", "Choose another folder, or ask for overwriting")
         for path, method in zip(paths, methods, strict=True):
-            write_gguf(self._merged(base), path, method, overwrite=overwrite)
+            write_gguf(self._merged(base, tokenizer), path, method, overwrite=overwrite)
             console.wrote(path, f"GGUF, from the {base} weights")
         return paths
 
@@ -283,17 +306,19 @@ class LanguageModel:
         layout = spec.tensors(self.decoder.config)
         return experts_to_hf(to_hf(adapter, layout, spec.layout), layout)
 
-    def _merged(self, base: BaseWeights | str) -> Checkpoint:
-        from converters.merge import DecoderCheckpoint, MergedCheckpoint
+    def _merged(self, base: BaseWeights | str, tokenizer: PreTrainedTokenizerBase | None) -> Checkpoint:
+        from converters.merge import DecoderCheckpoint, DerivedCheckpoint, MergedCheckpoint
 
         if base not in ("original", "loaded"):
             raise JaxftError("base", f"{base!r} is not known", "Choose original or loaded")
         # Without an adapter, weights that train are no longer those of the checkpoint; with one, it holds them.
         original = base == "original" and (self.lora_config is not None or not labels.trained_kinds(self.decoder))
         weights = self.source if original else DecoderCheckpoint(self.decoder, self.source)
-        if self.lora_config is None:
-            return weights
-        return MergedCheckpoint(weights, self._adapter(lora.from_original if original else lora.as_it_is))
+        if self.lora_config is not None:
+            weights = MergedCheckpoint(weights, self._adapter(lora.from_original if original else lora.as_it_is))
+        if isinstance(weights, DerivedCheckpoint) and _talk_otherwise(tokenizer, self.source.tokenizer()):
+            weights.new_tokenizer = tokenizer
+        return weights
 
 
 class FastLanguageModel:
@@ -307,6 +332,9 @@ class FastLanguageModel:
         load_in_4bit: bool = True,
         full_finetuning: bool = False,
         use_gradient_checkpointing: str | bool = "full",
+        *,
+        load_in_8bit: bool = False,
+        **unknown: Any,
     ) -> tuple[LanguageModel, PreTrainedTokenizerBase | None]:
         """Loads a model and its tokenizer.
 
@@ -320,15 +348,21 @@ class FastLanguageModel:
             folder for the next time.
           full_finetuning: every weight trains, in `dtype`, without an adapter; needs load_in_4bit=False.
           use_gradient_checkpointing: with full_finetuning, what `get_peft_model` calls so.
+          load_in_8bit: is not there yet.
 
         Returns:
-          (model, tokenizer); the tokenizer is None, with a warning, where the checkpoint has none.
+          (model, tokenizer); an adapter's tokenizer is its base's where its folder has none; it is None, with a
+          warning, where there is none at all.
 
         Raises:
-          JaxftError: a checkpoint that cannot be read or is not understood, a GPU that is too old, or full_finetuning
-            of a quantized model or of an adapter.
+          JaxftError: a checkpoint that cannot be read or is not understood, a GPU that is too old, full_finetuning of a
+            quantized model or of an adapter, load_in_8bit, or an unknown argument.
         """
+        refuse_unknown("from_pretrained", unknown, FastLanguageModel.from_pretrained)
+        if load_in_8bit:
+            raise JaxftError("load_in_8bit", "is not supported", "Set load_in_4bit=True, or neither")
         from converters.converted import load_nf4
+        from converters.hf_files import load_tokenizer
         from converters.load import load_decoder
         from converters.open import base_of, is_adapter, open_checkpoint
         from converters.peft_io import read_adapter
@@ -348,7 +382,7 @@ class FastLanguageModel:
                 " exact experts sends tokens elsewhere when their outputs change, and few tokens train each expert:"
                 " LoRA over experts in bfloat16 is what works"
             )
-        tokenizer = source.tokenizer()
+        tokenizer = (load_tokenizer(Path(model_name)) if adapter else None) or source.tokenizer()
         if tokenizer is None:
             console.warn(f"{source.where} has no tokenizer files; the tokenizer is None")
         model = LanguageModel(decoder, tokenizer, source, name, max_seq_length)
@@ -393,6 +427,7 @@ class FastLanguageModel:
         alpha_pattern: Mapping[str, float] | None = None,
         init_lora_weights: bool | str = True,
         ensure_weight_tying: bool = False,
+        loftq_config: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> LanguageModel:
         """Attaches a fresh LoRA adapter to `model`, in place, and returns it.
@@ -404,11 +439,14 @@ class FastLanguageModel:
           target_modules: see there; but embed_tokens and lm_head among the names train whole, as for Unsloth's users.
           use_gradient_checkpointing: a policy of `jaxft.models.remat`; True is "full", "unsloth" is "offload".
           random_state: seed of the initial values.
+          loftq_config: must be empty or None: init_lora_weights="loftq" needs no settings.
 
         Raises:
           JaxftError: a target that matches nothing, a setting that is not supported, or an unknown one.
         """
         refuse_unknown("get_peft_model", unknown, FastLanguageModel.get_peft_model)
+        if loftq_config:
+            raise JaxftError("loftq_config", f"is {dict(loftq_config)}", 'Set init_lora_weights="loftq" alone')
         names, whole = _split_targets(target_modules)
         layers = (layers_to_transform,) if isinstance(layers_to_transform, int) else layers_to_transform
         config = lora.LoraConfig(
@@ -434,7 +472,7 @@ class FastLanguageModel:
         return model
 
 
-def refuse_unknown(where: str, unknown: Mapping[str, Any], function: Callable[..., Any]) -> None:
+def refuse_unknown(where: str, unknown: Iterable[str], function: Callable[..., Any]) -> None:
     """Raises JaxftError for arguments that a function does not have, with the nearest that it has."""
     known = [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
     for name in unknown:
@@ -515,8 +553,24 @@ def _load_adapter(model: LanguageModel, adapter: Adapter) -> None:
     model.lora_config = config
 
 
-def _is_array(value: Any) -> bool:
-    return isinstance(value, (np.ndarray, jax.Array))
+def is_bfloat16_supported() -> bool:
+    """Whether `from_pretrained` takes bfloat16 when no dtype is given."""
+    return default_dtype() == jnp.bfloat16
+
+
+def _talk_otherwise(new: PreTrainedTokenizerBase | None, own: PreTrainedTokenizerBase | None) -> bool:
+    """Whether a tokenizer is to replace a checkpoint's own."""
+    if new is None or own is None:
+        return new is not None
+    return (new.chat_template, new.eos_token) != (own.chat_template, own.eos_token)
+
+
+def _streamed(streamer: Any, prompts: list[list[int]], num_return_sequences: int) -> Callable[[int, list[int]], None]:
+    """Gives the streamer the only prompt; what it returns gives it the tokens."""
+    if len(prompts) * num_return_sequences != 1:
+        raise JaxftError("streamer", "shows one row while it is made", "Give one prompt")
+    streamer.put(np.array(prompts[0]))
+    return lambda _, tokens: streamer.put(np.array(tokens))
 
 
 @partial(jax.jit, static_argnames="graphdef")

@@ -1,4 +1,4 @@
-"""`jaxft sft`, `jaxft generate`, `jaxft plan`, `jaxft demo`: the Python API's own dataclasses as flags.
+"""`jaxft sft`, `dpo`, `grpo`, `eval`, `generate`, `plan`, `demo`: the Python API's own dataclasses as flags.
 
 A YAML file given by ``--config`` holds the same names as the flags (``learning_rate: 1e-3``); flags win over it.
 """
@@ -10,6 +10,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from json import dumps as to_json
+from math import exp
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,10 @@ from jaxft.models.remat import parse_remat
 from jaxft.optim import Optimizer, optimizer
 from jaxft.plan import abstract_model
 from jaxft.plan import plan as memory_plan
+from jaxft.train import evaluation
+from jaxft.train.arguments import ALIASES, TrainingArguments
+from jaxft.train.dpo import DPOConfig, DPOTrainer
+from jaxft.train.grpo import GRPOConfig, GRPOTrainer
 from jaxft.train.sft import SFTConfig, SFTTrainer
 
 
@@ -86,6 +91,7 @@ def sft(
     data: Path,
     lora: AdapterConfig = AdapterConfig(),
     train: SFTConfig = SFTConfig(),
+    eval_data: Path | None = None,
     save: tuple[SaveMethod, ...] = (),
     gguf: tuple[str, ...] = (),
 ) -> None:
@@ -96,20 +102,147 @@ def sft(
       data: a .jsonl or .json file of messages, prompt/completion or text rows.
       lora: the adapter.
       train: the run.
+      eval_data: the same for evaluations during the run; see eval_strategy.
       save: merged checkpoints to write beside the adapter.
       gguf: quantizations of GGUF files to write, for example q8_0.
     """
     check_gguf_quantizations(gguf)
     language_model = model.load()
     FastLanguageModel.get_peft_model(language_model, **dataclasses.asdict(lora))
-    SFTTrainer(language_model, train_dataset=data, args=train).train()
+    SFTTrainer(language_model, train_dataset=data, args=train, eval_dataset=eval_data).train()
     output_dir = Path(train.output_dir)
-    overwrite = train.overwrite_output_dir
+    overwrite = may_replace(train)
     language_model.save_pretrained(output_dir / "adapter", overwrite=overwrite)
     for method in save:
         language_model.save_pretrained_merged(output_dir / method, save_method=method, overwrite=overwrite)
     if gguf:
         language_model.save_pretrained_gguf(output_dir / "gguf", quantization_method=gguf, overwrite=overwrite)
+
+
+def dpo(
+    model: ModelConfig,
+    data: Path,
+    lora: AdapterConfig = AdapterConfig(),
+    train: DPOConfig = DPOConfig(),
+) -> None:
+    """Train an adapter on preferences: rows of prompt, chosen and rejected.
+
+    Args:
+      model: the model.
+      data: a file of rows.
+      lora: the adapter.
+      train: the run.
+    """
+    language_model = model.load()
+    FastLanguageModel.get_peft_model(language_model, **dataclasses.asdict(lora))
+    DPOTrainer(language_model, train_dataset=data, args=train).train()
+    language_model.save_pretrained(Path(train.output_dir) / "adapter", overwrite=may_replace(train))
+
+
+def grpo(
+    model: ModelConfig,
+    task: str | None = None,
+    task_size: int = 500,
+    answers: Path | None = None,
+    lora: AdapterConfig = AdapterConfig(),
+    train: GRPOConfig = GRPOConfig(),
+) -> None:
+    """Train an adapter on the rewards of a verifiable task.
+
+    Args:
+      model: the model.
+      task: one of reasoning-gym's generators, which scores the answers.
+      task_size: so many of its items.
+      answers: a file of rows of question and answer; right is the same text.
+      lora: the adapter.
+      train: the run.
+    """
+    rows, reward = evaluation.rewarded(questions_of(task, task_size, answers, train.seed))
+    language_model = model.load()
+    FastLanguageModel.get_peft_model(language_model, **dataclasses.asdict(lora))
+    GRPOTrainer(language_model, reward, train, rows).train()
+    language_model.save_pretrained(Path(train.output_dir) / "adapter", overwrite=may_replace(train))
+
+
+def questions_of(task: str | None, task_size: int, answers: Path | None, seed: int) -> list[evaluation.Question]:
+    """Those of a task and those of a file, where they are given.
+
+    Raises:
+      JaxftError: neither is given, or see `evaluation.task_questions` and `evaluation.file_questions`.
+    """
+    if task is None and answers is None:
+        raise JaxftError("task", "there are no questions", "Give --task or --answers")
+    questions = evaluation.task_questions(task, task_size, seed) if task else []
+    return questions + (evaluation.file_questions(answers) if answers else [])
+
+
+def may_replace(args: TrainingArguments) -> bool:
+    """Whether what a run of these settings left before may be replaced."""
+    return args.overwrite_output_dir or args.resumes
+
+
+def evaluate(
+    model: ModelConfig,
+    data: Path | None = None,
+    task: str | None = None,
+    task_size: int = 100,
+    answers: Path | None = None,
+    max_seq_length: int = 2048,
+    stride: int | None = None,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Print a model's perplexity of a text or data set, or how many answers to a verifiable task are exactly right.
+
+    Args:
+      model: a base model, an adapter or a merged model.
+      data: a .txt file, read as one text, or a file of rows, of which the trained tokens count.
+      task: one of reasoning-gym's generators, which scores the answers.
+      task_size: so many of its items.
+      answers: a file of rows of question and answer; right is the same text.
+      max_seq_length: tokens of a window of a text, and at most of a row.
+      stride: tokens from one window of a text to the next; None is half a window.
+      max_new_tokens: at most so many for each answer.
+      seed: of the task's items.
+      json: print one JSON line.
+    """
+    if data is None and task is None and answers is None:
+        raise JaxftError("jaxft eval", "has nothing to evaluate", "Give --data, --task or --answers")
+    language_model = model.load()
+    found: dict[str, Any] = {}
+    if data is not None and data.suffix == ".txt":
+        text = read_text(data)
+        window = evaluation.text_perplexity(
+            language_model, text, str(data), window=max_seq_length, stride=stride or max(max_seq_length // 2, 1)
+        )
+        found |= window._asdict()
+    elif data is not None:
+        args = SFTConfig(max_seq_length=max_seq_length)
+        rows = SFTTrainer(language_model, args=args).evaluate(data)
+        found |= {"perplexity": exp(rows["eval_loss"]), "loss": rows["eval_loss"], "tokens": int(rows["eval_tokens"])}
+    if task or answers:
+        questions = questions_of(task, task_size, answers, seed)
+        score = evaluation.accuracy(language_model, questions, max_new_tokens=max_new_tokens)
+        found |= {name: value for name, value in score._asdict().items() if name != "answers"}
+    if json:
+        print(to_json(found))
+    else:
+        console.print(table(model.model_name, ("what", "value"), found.items()))
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+      JaxftError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise JaxftError(path, f"cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise JaxftError(path, f"is not UTF-8: {error}") from error
 
 
 def generate(
@@ -222,6 +355,12 @@ def demo(output_dir: Path = Path("demo_output"), overwrite: bool = True) -> None
     demo_module.run(output_dir, overwrite=overwrite)
 
 
+COMMANDS = {
+    "sft": sft, "dpo": dpo, "grpo": grpo, "eval": evaluate, "generate": generate, "plan": plan, "models": models,
+    "demo": demo,
+}  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status (2 for any problem in what the user gave)."""
     return run_command(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
@@ -230,13 +369,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> None:
     enable_compilation_cache()
     tyro.extras.subcommand_cli_from_dict(
-        {"sft": sft, "generate": generate, "plan": plan, "models": models, "demo": demo},
-        args=expand_config(argv),
+        COMMANDS,
+        args=[renamed(argument) for argument in expand_config(argv)],
         prog="jaxft",
         description="Fine-tune language models in JAX: exact LoRA and QLoRA, and everything around it. "
         "With --config FILE, a YAML file fills in flags that are not given.",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
     )
+
+
+def renamed(argument: str) -> str:
+    """A flag of another trainer under our name; anything else as it is."""
+    flag, *value = argument.split("=", 1)
+    name = flag.removeprefix("--").replace("-", "_")
+    if not flag.startswith("--") or name not in ALIASES:
+        return argument
+    return "=".join([f"--{ALIASES[name].replace('_', '-')}", *value])
 
 
 def expand_config(argv: list[str]) -> list[str]:

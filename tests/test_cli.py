@@ -1,21 +1,25 @@
-"""`jaxft sft` and `jaxft generate` on a tiny checkpoint; YAML; help for every flag; errors in one line, status 2."""
+"""The command line on a tiny checkpoint; YAML; help for every flag; errors in one line with status 2."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxft.cli import AdapterConfig, ModelConfig, config_flags, expand_config, main
 from jaxft.errors import EXIT_STATUS, JaxftError
-from jaxft.train.sft import SFTConfig
-from language_models import loaded, sums
+from jaxft.train.dpo import DPOConfig
+from jaxft.train.evaluation import file_questions, task_questions
+from jaxft.train.grpo import GRPOConfig
+from jaxft.train.sft import SFTConfig, SFTTrainer
+from language_models import loaded, logits_of, sums
 
 
 def run(*arguments: object) -> int:
@@ -80,6 +84,122 @@ def test_generate_streams_one_answer(out: Path, capfd: pytest.CaptureFixture[str
     assert capfd.readouterr().out.strip() == answer.rstrip("\ufffd").strip()
     assert run(*arguments, "another") == EXIT_STATUS
     assert "error: stream: prints one answer while it is made" in capfd.readouterr().err
+
+
+def evaluated(capfd: pytest.CaptureFixture[str], *arguments: object) -> dict[str, float]:
+    capfd.readouterr()
+    assert run("eval", "--load-in-4bit", "False", "--json", "True", *arguments) == 0
+    return json.loads(capfd.readouterr().out)
+
+
+def test_eval_of_rows_and_answers(out: Path, rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """The loss of the rows is the trainer's."""
+    (tmp_path / "answers.jsonl").write_text('{"question": "2+3?", "answer": "because #### 5"}\n')
+    found = evaluated(
+        capfd, "--model-name", out / "adapter", "--data", rows, "--max-seq-length", 64,
+        "--answers", tmp_path / "answers.jsonl", "--max-new-tokens", 3,
+    )  # fmt: skip
+    trained = SFTTrainer(loaded(out / "adapter"), args=SFTConfig(max_seq_length=64)).evaluate(rows)
+    assert found["loss"] == pytest.approx(trained["eval_loss"], rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    assert (found["questions"], found["accuracy"]) == (1, 0)
+
+
+@pytest.mark.slow
+def test_eval_of_a_text(out: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Against log-probabilities of each window's logits in numpy; every token but the first counts once."""
+    text = tmp_path / "text.txt"
+    text.write_text("The answer is the sum of the numbers, and the sum is the answer.")
+    language_model = loaded(out / "adapter")
+    ids = np.array(language_model.tokenizer(text.read_text())["input_ids"])
+
+    def log_p(start: int, stop: int) -> np.ndarray:
+        logits = logits_of(language_model, ids[None, start:stop])[0, :-1].astype(np.float64)
+        return (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[
+            np.arange(stop - start - 1), ids[start + 1 : stop]
+        ]
+
+    model = ("--model-name", out / "adapter", "--data", text)
+    whole = evaluated(capfd, *model, "--max-seq-length", 64)
+    assert (whole["tokens"], whole["loss"]) == (len(ids) - 1, pytest.approx(-log_p(0, len(ids)).mean(), rel=1e-5))
+    windows = evaluated(capfd, *model, "--max-seq-length", 8, "--stride", 5)
+    parts, counted = [], 1
+    for start in range(0, len(ids), 5):
+        stop = min(start + 8, len(ids))
+        if stop > counted:
+            parts.append(log_p(start, stop)[counted - stop :])
+            counted = stop
+    assert (windows["tokens"], windows["loss"]) == (
+        len(ids) - 1,
+        pytest.approx(-np.concatenate(parts).mean(), rel=1e-5),
+    )
+    assert windows["loss"] != pytest.approx(whole["loss"], rel=1e-4)
+
+
+def test_eval_of_nothing(out: Path, capfd: pytest.CaptureFixture[str]):
+    assert run("eval", "--model-name", out / "adapter") == EXIT_STATUS
+    assert "jaxft eval: has nothing to evaluate. Give --data, --task or --answers" in capfd.readouterr().err
+
+
+def test_right_answers_are_counted():
+    gsm = [{"question": "2+3?", "answer": "2 + 3 = 5\n#### 5"}]
+    (question,) = file_questions(gsm)
+    assert (question.score(" 5\n"), question.score("6")) == (1, 0)
+    with pytest.raises(JaxftError, match="data row 1: has no text 'answer' or 'output'"):
+        file_questions([{"question": "2+3?"}])
+    (item,) = task_questions("chain_sum", 1, seed=0)
+    assert item.score("no number") < 1
+    with pytest.raises(JaxftError, match="task: reasoning-gym has no 'chain_some'"):
+        task_questions("chain_some", 1, 0)
+
+
+@pytest.mark.slow
+def test_eval_of_a_base_an_adapter_and_a_merged_model(
+    smollm2_gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """SmolLM2: what merging changes is rounding; the adapter, trained on the rows, is better at them than the base."""
+    data, text = tmp_path / "rows.jsonl", tmp_path / "text.txt"
+    data.write_text("".join(json.dumps(row) + "\n" for row in sums(40)))
+    text.write_text(
+        "A model that predicts the next word of a text is judged by how little that word surprises it. " * 3
+    )
+    common = ("--model-name", smollm2_gguf, "--load-in-4bit", "False")
+    run("sft", *common, "--data", data, "--output-dir", tmp_path / "run", "--max-seq-length", 128, "--max-steps", 4,
+        "--learning-rate", 1e-3, "--save", "merged")  # fmt: skip
+    found = {}
+    for name in (smollm2_gguf, tmp_path / "run" / "adapter", tmp_path / "run" / "merged"):
+        model = ("--model-name", name, "--max-seq-length", 128)
+        found[name.name] = (
+            evaluated(capfd, *model, "--data", data),
+            evaluated(capfd, *model, "--data", text),
+            evaluated(capfd, *model, "--task", "chain_sum", "--task-size", 10, "--max-new-tokens", 8),
+        )
+        print(name.name, *found[name.name])
+    base, adapter, merged = found.values()
+    assert adapter[0]["perplexity"] < 0.8 * base[0]["perplexity"]
+    for ours, theirs in zip(adapter[:2], merged[:2], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+    assert all(score["questions"] == 10 and 0 <= score["accuracy"] <= 1 for _, _, score in found.values())
+
+
+@pytest.mark.slow
+def test_dpo_and_grpo(out: Path, tiny_hf_dir: Path, tmp_path: Path):
+    """Both train an adapter of the right shape; an answer that is always drawn wrong gives no reward, and no error."""
+    pairs, answers = tmp_path / "pairs.jsonl", tmp_path / "answers.jsonl"
+    pairs.write_text(4 * (json.dumps({"prompt": "What is 2", "chosen": " plus 3?", "rejected": " of it"}) + "\n"))
+    answers.write_text(2 * (json.dumps({"question": "What is 2 plus 3?", "answer": "5"}) + "\n"))
+    common = ("--model-name", tiny_hf_dir, "--load-in-4bit", "False", "--r", 3, "--max-length", 128, "--max-steps", 2)
+    assert run("dpo", *common, "--data", pairs, "--output-dir", tmp_path / "dpo", "--learning-rate", 1e-3) == 0
+    steps = [json.loads(line) for line in (tmp_path / "dpo" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[0]["loss"] == pytest.approx(math.log(2), rel=1e-4)
+    assert steps[1]["loss"] != steps[0]["loss"]
+    assert run("grpo", *common, "--answers", answers, "--task", "chain_sum", "--task-size", 2, "--output-dir",
+               tmp_path / "grpo", "--num-generations", 2, "--per-device-train-batch-size", 4,
+               "--max-completion-length", 8) == 0  # fmt: skip
+    assert len((tmp_path / "grpo" / "rollouts.jsonl").read_text().splitlines()) == 2
+    for name in ("dpo", "grpo"):
+        adapter = json.loads((tmp_path / name / "adapter" / "adapter_config.json").read_text())
+        assert adapter["r"] == 3
 
 
 def test_overwriting_a_run(out: Path, rows: Path, tiny_hf_dir: Path, capfd: pytest.CaptureFixture[str]):
@@ -198,7 +318,14 @@ def test_an_error_in_a_process(tmp_path: Path):
 
 # Help.
 
-DATACLASSES = {"sft": (ModelConfig, AdapterConfig, SFTConfig), "generate": (ModelConfig,), "demo": ()}
+DATACLASSES = {
+    "sft": (ModelConfig, AdapterConfig, SFTConfig),
+    "dpo": (ModelConfig, AdapterConfig, DPOConfig),
+    "grpo": (ModelConfig, AdapterConfig, GRPOConfig),
+    "eval": (ModelConfig,),
+    "generate": (ModelConfig,),
+    "demo": (),
+}
 
 
 def help_of(command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from jaxft.data.examples import HOPELESS, RowSettings, split, tokenize_rows
+from jaxft.data.sources import open_source
 from jaxft.data.turns import Markers
 from jaxft.errors import JaxftError
 from test_data_chat import BOT, CHATML, USER, chat, make_tokenizer, marked
@@ -166,3 +168,24 @@ def test_markers_find_responses_in_rendered_text_and_in_messages():
         tokenized(rows, markers=Markers(USER, "<|im_start|>model\n"), max_seq_length=99)
     # A prompt and its completion say themselves where the completion is.
     assert tokenized([{"prompt": "a", "completion": "b"}], markers=Markers(USER, BOT))[0] == ["a⟦b<|im_end|>⟧"]
+
+
+@pytest.mark.slow
+def test_data_sets_of_datasets(tmp_path: Path):
+    """In memory, streamed and from a Parquet file; `datasets` fills keys that some rows lack with None."""
+    import datasets
+
+    rows: list[dict[str, Any]] = [{"messages": chat(f"u: {i}", "a: yo", "u: go", "a: ok")} for i in range(7)]
+    rows[3]["messages"][0]["name"] = "ann"
+    expected = tokenized(rows, max_seq_length=80)
+    whole = datasets.Dataset.from_list(rows)
+    assert whole[0]["messages"][0]["name"] is None
+    whole.to_parquet(tmp_path / "rows.parquet")
+    for found in (whole, whole.to_iterable_dataset(), tmp_path / "rows.parquet"):
+        texts, report = tokenized(found, max_seq_length=80)
+        assert (texts, report.forms) == (expected[0], expected[1].forms)
+    with pytest.raises(JaxftError, match=r"train: has the splits train, test. Give one of them"):
+        tokenized(whole.train_test_split(2))
+    source = open_source(whole.to_iterable_dataset())
+    position = next(itertools.islice(source.read(), 2, None))[1]
+    assert [row.value for row, _ in source.read(position)] == whole.to_list()[3:]

@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -37,13 +38,15 @@ def instruction_mix(n: int, seed: int = 0) -> list[int]:
 def documents(batch: Batch) -> list[tuple[bytes, bytes]]:
     """(tokens, targets' mask) of every document in a batch [..., T], by its segment ids; checks what a row promises."""
     found = []
+    if batch.segment_ids is None:
+        batch = batch._replace(segment_ids=batch.present.astype(np.int32))
     rows = (array.reshape(-1, array.shape[-1]) for array in batch)
     for tokens, targets, loss_mask, segment_ids, positions in zip(*rows, strict=True):
         n_segments = segment_ids.max(initial=0)
         used = np.count_nonzero(segment_ids)
         assert (np.diff(segment_ids[:used]) >= 0).all()  # with the next line: one run a document, padding at the end
         assert sorted(set(segment_ids[:used])) == list(range(1, n_segments + 1))
-        for array in (tokens, targets, loss_mask, segment_ids, positions):
+        for array in (tokens, targets, loss_mask, segment_ids, positions + 1):
             assert not array[used:].any()
         for segment in range(1, n_segments + 1):
             at = np.flatnonzero(segment_ids == segment)
@@ -69,10 +72,10 @@ def test_one_row_by_hand():
         "targets": [5, 0, 8, 9, 0, 0],
         "loss_mask": [1, 0, 0, 1, 0, 0],
         "segment_ids": [1, 1, 2, 2, 2, 0],
-        "positions": [0, 1, 0, 1, 2, 0],
+        "positions": [0, 1, 0, 1, 2, -1],
     }
     for name, array in batch._asdict().items():
-        assert array.tolist() == [expected[name], [0] * 6], name
+        assert array.tolist() == [expected[name], [-1 if name == "positions" else 0] * 6], name
         assert array.dtype == (np.float32 if name == "loss_mask" else np.int32), name
 
 
@@ -114,7 +117,9 @@ def test_every_document_comes_exactly_once_an_epoch(seed: int, packing: bool):
     batches = list(loader)
     assert len(batches) == len(loader) == 2 * loader.steps_per_epoch
     for epoch in (batches[: loader.steps_per_epoch], batches[loader.steps_per_epoch :]):
-        assert {array.shape for batch in epoch for array in batch} == {(accumulation, batch_size, 40)}
+        shapes = {array.shape for batch in epoch for array in batch if array is not None}
+        assert shapes == {(accumulation, batch_size, 40)}
+        assert all((batch.segment_ids is None) != packing for batch in epoch)
         assert sorted(d for batch in epoch for d in documents(batch)) == sorted(expected_documents(examples))
 
 
@@ -221,6 +226,21 @@ def test_the_usual_mix_packs_well():
     assert sum(lengths) / (len(rows) * 2048) >= 0.98
     one_a_row = sum(lengths) / (len(lengths) * 2048)
     assert one_a_row < 0.25  # negative control: the mix does need packing
+
+
+@pytest.mark.slow
+def test_packing_is_fast():
+    """Packing alone, and with the layout of the batches: tokens for each second of a core."""
+    examples = make_examples(instruction_mix(10_000))
+    tokens = sum(len(example.tokens) for example in examples)
+    start = time.process_time()
+    pack([len(example.tokens) for example in examples], 2048)
+    packed = time.process_time()
+    loader = BatchLoader(examples, batch_size=8, max_seq_length=2048)
+    assert sum(int(batch.present.sum()) for batch in map(loader.__getitem__, range(len(loader)))) == tokens
+    rates = [tokens / seconds for seconds in (packed - start, time.process_time() - packed)]
+    print(f"{rates[0]:,.0f} tokens/s packed, {rates[1]:,.0f} in batches, {loader.report.utilisation:.2%} full")
+    assert rates[1] >= 2e6
 
 
 BAD = {

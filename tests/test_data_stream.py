@@ -159,11 +159,12 @@ def test_a_stream_without_examples_ends_in_an_error():
 
 def test_a_stream_packs_the_usual_mix_well():
     from jaxft.data.packing import arrange
+    from jaxft.data.stream import BUFFER_ROWS
 
     lengths, rng = np.array(instruction_mix(10_000)), np.random.default_rng(0)
-    buffers = np.split(lengths, np.flatnonzero(np.diff(np.cumsum(lengths) // 2**20)) + 1)
+    buffers = np.split(lengths, np.flatnonzero(np.diff(np.cumsum(lengths) // (BUFFER_ROWS * 2048))) + 1)
     rows = sum(len(arrange(buffer, 2048, True, 64, rng)) for buffer in buffers)
-    assert len(buffers) > 2  # four times as many as the default would make
+    assert len(buffers) > 2
     assert lengths.sum() / (rows * 2048) >= 0.98
 
 

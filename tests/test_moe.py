@@ -13,13 +13,14 @@ import pytest
 from flax import nnx
 
 from jaxft import lora, losses
-from jaxft.data.batch import Batch
+from jaxft.data.batch import Batch, lay_out
 from jaxft.errors import JaxftError
 from jaxft.models import labels
 from jaxft.models.config import DecoderConfig, MoEConfig
 from jaxft.models.decoder import Decoder, abstract_decoder
 from jaxft.models.moe import Load, MoE, load_balancing_loss, utilisation
 from jaxft.models.params import expected_tensors, tensor_views
+from models import random_examples
 
 D, TOKENS = 16, (2, 7)
 PLAIN = MoEConfig(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=12)
@@ -93,8 +94,8 @@ def test_a_block_equals_its_formula_and_padding_goes_nowhere(name: str) -> None:
     x = np.random.default_rng(2).standard_normal((*TOKENS, D)).astype(np.float32)
     segment_ids = jnp.asarray(np.where(np.arange(7) < 5, 1, 0) * np.ones((2, 1), int), jnp.int32)
     graphdef, state = nnx.split(block)
-    run = jax.jit(lambda state, ids: nnx.merge(graphdef, state)(jnp.asarray(x), ids))
-    y, load = run(state, segment_ids)
+    run = jax.jit(lambda state, present: nnx.merge(graphdef, state)(jnp.asarray(x), present))
+    y, load = run(state, segment_ids > 0)
     present = np.asarray(segment_ids).ravel() > 0
     expected, counts = formula(block, moe, x.reshape(-1, D)[present])
     np.testing.assert_allclose(y.reshape(-1, D)[present], expected, atol=2e-5)
@@ -133,7 +134,9 @@ def decoder_of(config: DecoderConfig) -> Decoder:
 def batch(tokens: np.ndarray, segment_ids: np.ndarray | None = None) -> Batch:
     tokens = jnp.asarray(tokens, jnp.int32)
     ids = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
-    return Batch(tokens[:, :-1], tokens[:, 1:], jnp.ones(tokens[:, 1:].shape, jnp.float32), ids, None)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1] - 1, dtype=jnp.int32), tokens[:, 1:].shape)
+    positions = positions if ids is None else None
+    return Batch(tokens[:, :-1], tokens[:, 1:], jnp.ones(tokens[:, 1:].shape, jnp.float32), ids, positions)
 
 
 @pytest.mark.slow
@@ -163,6 +166,21 @@ def test_the_router_is_frozen_unless_asked_for_and_then_pays_for_imbalance() -> 
     without = run(trainable, 0.0)[1]
     difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), gradient, without)
     assert max(jax.tree.leaves(difference)) > 1e-3
+
+
+@pytest.mark.slow
+def test_padding_of_rows_without_segment_ids_goes_nowhere() -> None:
+    """One document a row, and an empty row: the same loss, experts' load and count of tokens as with segment ids."""
+    decoder = decoder_of(config_of(dataclasses.replace(PLAIN, router_aux_loss_coef=0.5)))
+    labels.set_trainable(decoder, {"router"})
+    graphdef, params = nnx.split(decoder)
+    with_ids = lay_out(random_examples([11, 5, 2], vocab_size=50), [[0], [1], [2], []], 12)
+    run = jax.jit(lambda text: losses.sft(nnx.merge(graphdef, params), text))
+    expected, found = run(with_ids), run(with_ids.one_document_a_row())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), expected, found)
+    assert found[2]["tokens"] == 18
+    full = with_ids.one_document_a_row()._replace(positions=np.broadcast_to(np.arange(12, dtype=np.int32), (4, 12)))
+    assert abs(run(full)[2]["moe/aux_loss"][0] - expected[2]["moe/aux_loss"][0]) > 1e-3
 
 
 def test_layers_of_several_kinds_are_stacks_of_their_own_under_hf_names() -> None:

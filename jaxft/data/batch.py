@@ -38,8 +38,8 @@ class Batch(NamedTuple):
       loss_mask: float32; 1 where `targets` is trained on. 0 at each document's last token, so no loss ever crosses
         from one document into the next.
       segment_ids: int32; 1, 2, ... for a row's documents, 0 in the padding. None: at most one document a row, from its
-        start. What attention then computes in the padding after it is read by no token and no loss.
-      positions: int32; from 0 in every document, 0 in the padding.
+        start; no token sees the padding behind it, so attention needs no other mask than the causal one.
+      positions: int32; from 0 in every document, -1 in the padding.
     """
 
     tokens: Array
@@ -47,6 +47,15 @@ class Batch(NamedTuple):
     loss_mask: Array
     segment_ids: Array
     positions: Array
+
+    @property
+    def present(self) -> Array:
+        """bool: what is not padding."""
+        return self.positions >= 0 if self.segment_ids is None else self.segment_ids > 0
+
+    def one_document_a_row(self) -> "Batch":
+        """The same rows, of which none has more than one document, without segment ids."""
+        return self._replace(segment_ids=None)
 
 
 class Pairs(NamedTuple):
@@ -121,6 +130,7 @@ def lay_out(examples: Sequence[Example], rows: Sequence[Sequence[int]], length: 
     """
     shape = (len(rows), length)
     batch = Batch(*(np.zeros(shape, dtype) for dtype in (np.int32, np.int32, np.float32, np.int32, np.int32)))
+    batch.positions[:] = -1
     for r, row in enumerate(rows):
         start = 0
         for segment, index in enumerate(row, start=1):

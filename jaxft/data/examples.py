@@ -41,6 +41,7 @@ class RowSettings:
         tells the reasons of the first few.
       dataset_text_field: the key of plain text; see `jaxft.data.formats.parse_row`.
       markers: what opens turns; see `jaxft.data.chat.RowTokenizer`.
+      vocab_size: how many tokens the model knows; None does not check.
 
     Raises:
       JaxftError: a value that is not known.
@@ -52,6 +53,7 @@ class RowSettings:
     on_bad_row: OnBadRow | str = "error"
     dataset_text_field: str | None = None
     markers: Markers | None = None
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("on_overlong", get_args(OnOverlong)), ("on_bad_row", get_args(OnBadRow))):
@@ -139,7 +141,8 @@ class ExampleMaker:
 
         Raises:
           JaxftError: naming the row; under on_bad_row="error" what cannot be read, has another form than the rows of
-            its file before it, or has nothing to learn from; under on_overlong="error" one that is too long.
+            its file before it, or has nothing to learn from; under on_overlong="error" one that is too long; a token
+            that the model does not know.
         """
         try:
             example = self._example(raw)
@@ -148,6 +151,8 @@ class ExampleMaker:
                 raise
             self.report.skip(error)
             return []
+        if self.settings.vocab_size is not None:
+            check_vocabulary(example, self.settings.vocab_size)
         examples = self._fit(example)
         for each in examples:
             self.report.count(each)
@@ -184,6 +189,16 @@ class ExampleMaker:
             return []
         report.truncated += 1
         return [cut]
+
+
+def check_vocabulary(example: Example, vocab_size: int) -> None:
+    """Raises JaxftError for a token without an embedding, which would make every loss NaN."""
+    if example.tokens.max() >= vocab_size:
+        raise JaxftError(
+            example.where,
+            f"has the token id {example.tokens.max()}, and the model has only {vocab_size} embeddings",
+            "Use the tokenizer that belongs to the model",
+        )
 
 
 @dataclasses.dataclass

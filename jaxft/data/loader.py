@@ -114,7 +114,8 @@ class BatchLoader:
         n_rows = self.shape[0] * self.shape[1]
         rows = self._epoch_rows(epoch)[step * n_rows : (step + 1) * n_rows]
         batch = lay_out(self.examples, rows + [[]] * (n_rows - len(rows)), self._row_length(rows))
-        return Batch(*(array.reshape(*self.shape, -1) for array in batch))
+        batch = Batch(*(array.reshape(*self.shape, -1) for array in batch))
+        return batch if self.packing else batch.one_document_a_row()
 
     def __iter__(self) -> BatchIterator:
         return iterate(self)

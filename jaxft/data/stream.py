@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 else:  # the run-time type checker of the tests looks this name up; transformers is slow to import
     PreTrainedTokenizerBase = Any
 
+BUFFER_ROWS = 512
+
 
 class StreamLoader:
     """Batches of rows that are read as they are needed; the same as `BatchLoader`'s in shape and meaning.
@@ -43,8 +45,8 @@ class StreamLoader:
       epochs: how often the data is gone through; None: without end.
       shuffle: False keeps the order that packing gives, or without packing that of the data.
       max_segments: documents a packed row holds at most.
-      buffer_tokens: tokens in a buffer, at least; None takes 4 million or 256 rows. The last rows of a buffer stay
-        emptier than the others, so a small one wastes room.
+      buffer_tokens: tokens in a buffer, at least; None takes those of 512 packed rows. The last rows of a buffer stay
+        emptier than the others, so a small one wastes room; rows are shuffled within a buffer only.
       name: what to call rows that have no file in messages.
 
     Attributes:
@@ -92,7 +94,7 @@ class StreamLoader:
             shuffle=shuffle,
             seed=seed,
             max_segments=max_segments,
-            buffer_tokens=buffer_tokens or max(2**22, 256 * settings.max_seq_length),
+            buffer_tokens=buffer_tokens or BUFFER_ROWS * settings.max_seq_length,
         )
 
     def __iter__(self) -> BatchIterator:
@@ -129,7 +131,8 @@ class StreamLoader:
         indices = [[next(numbers) for _ in row] for row in rows]
         missing = self.shape[0] * self.shape[1] - len(rows)
         batch = lay_out(examples, indices + [[]] * missing, self.max_seq_length)
-        return Batch(*(array.reshape(*self.shape, -1) for array in batch))
+        batch = Batch(*(array.reshape(*self.shape, -1) for array in batch))
+        return batch if self._packing.packing else batch.one_document_a_row()
 
 
 @dataclasses.dataclass

@@ -68,7 +68,4 @@ def _membership(segment_ids: jax.Array, sequences: int) -> jax.Array:
 
 def count_tokens(batch: Batch) -> jax.Array:
     """float32: how many tokens are not padding."""
-    if batch.segment_ids is not None:
-        return jnp.sum(batch.segment_ids > 0).astype(jnp.float32)
-    after_first = batch.positions > 0
-    return (jnp.sum(after_first) + jnp.sum(jnp.any(after_first, axis=-1))).astype(jnp.float32)
+    return jnp.sum(batch.present).astype(jnp.float32)

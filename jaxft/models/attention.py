@@ -21,12 +21,17 @@ class SequenceInfo(NamedTuple):
     Attributes:
       rotations: cos and sin, float32 [B, T, R/2], of each of the config's `ropes`.
       positions: int32 [B, T].
-      segment_ids: int32 [B, T], 0 for padding; None means one document a row.
+      segment_ids: int32 [B, T], 0 for padding; None means one document a row, padding having negative positions.
     """
 
     rotations: dict[str, tuple[jax.Array, jax.Array]]
     positions: jax.Array
     segment_ids: jax.Array | None
+
+    @property
+    def present(self) -> jax.Array:
+        """bool [B, T]: which tokens are not padding."""
+        return self.positions >= 0 if self.segment_ids is None else self.segment_ids > 0
 
 
 class KVCache(NamedTuple):

@@ -81,7 +81,7 @@ class Block(nnx.Module):
             normed_BTD = normed_BTD if self.config.parallel_block else x_BTD
         settings = {"recompute": policy.recomputes_mlp, "tile": policy.tile}
         if isinstance(self.mlp, MoE):
-            mlp_BTD, load = self.mlp(normed_BTD, info.segment_ids, dropout_key, **settings)
+            mlp_BTD, load = self.mlp(normed_BTD, info.present, dropout_key, **settings)
         else:
             mlp_BTD, load = self.mlp(normed_BTD, dropout_key, **settings), None
         return x_BTD + self._scaled(behind_mlp(mlp_BTD) if behind_mlp else mlp_BTD), cache, load
@@ -198,7 +198,7 @@ class Decoder(nnx.Module):
         Args:
           tokens: int32 [B, T].
           segment_ids: int32 [B, T]; a token sees only its own segment; 0 marks padding. None: one document a row.
-          positions: int32 [B, T]; None: they count from 0 in each segment.
+          positions: int32 [B, T], without segment_ids negative in the padding; None: they count from 0 in each segment.
           dropout_key: a PRNG key switches LoRA dropout on.
 
         Returns:

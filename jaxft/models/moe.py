@@ -6,7 +6,7 @@ With p the router's scores of a token x, C the K experts that it goes to and w[e
 
 Nothing is dropped: tokens are sorted by expert, and each expert multiplies its own rows (`pallas_kernels.
 grouped_matmul`). The weights multiply the activations and not the results, which is the same, as down_e is linear: the
-backward pass then needs no down product again. Padding (segment 0) goes to no expert: it costs nothing and counts
+backward pass then needs no down product again. Padding goes to no expert: it costs nothing and counts
 nowhere.
 
 Shape letters: B rows, T tokens, D hidden_size, M = B T, E experts, K experts of a token, F moe_intermediate_size.
@@ -166,11 +166,14 @@ class MoE(nnx.Module):
             )
 
     def __call__(
-        self, x_BTD: jax.Array, segment_ids: jax.Array | None, dropout_key: jax.Array | None = None, **mlp: Any
+        self, x_BTD: jax.Array, present_BT: jax.Array | None, dropout_key: jax.Array | None = None, **mlp: Any
     ) -> tuple[jax.Array, Load]:
-        """x [B, T, D] -> ([B, T, D], what the experts were asked for); `mlp`: as of `MLP`, for the shared experts."""
+        """x [B, T, D] -> ([B, T, D], what the experts were asked for); see `Router` for tokens that are not present.
+
+        `mlp`: as of `MLP`, for the shared experts.
+        """
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        routing = self.gate(x_MD, None if segment_ids is None else (segment_ids > 0).reshape(-1))
+        routing = self.gate(x_MD, None if present_BT is None else present_BT.reshape(-1))
         y_BTD = self.experts(x_MD, routing).reshape(x_BTD.shape)
         if self.shared_expert is not None:
             shared_BTD = self.shared_expert(x_BTD, dropout_key, **mlp)

@@ -103,7 +103,8 @@ def translated(cls: type, settings: dict[str, Any]) -> dict[str, Any]:
         name = given if given in names else ALIASES.get(given, given)
         if name in names:
             if name in found:
-                raise JaxftError(given, f"is another name of {name}, which is given too", "Give one of them")
+                alias = next(other for other in settings if ALIASES.get(other) == name)
+                raise JaxftError(alias, f"is another name of {name}, which is given too", "Give one of them")
             found[name] = value
         elif given in WITHOUT_EFFECT:
             console.console.print(f"{given} has no effect: {WITHOUT_EFFECT[given]}", soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -13,13 +14,14 @@ from flax import nnx
 
 from jaxft import console, losses
 from jaxft.data.batch import PairBatch, Pairs
+from jaxft.data.examples import check_vocabulary
 from jaxft.data.preference import Pair, PairLoader, read_pairs
 from jaxft.errors import JaxftError
 from jaxft.losses.preference import LossType, PreferenceLoss, reference_log_probs
 from jaxft.models.decoder import Decoder
 from jaxft.train import evaluation, trainer
 from jaxft.train.arguments import known_names_only
-from jaxft.train.sft import Rows, SFTConfig, SFTTrainer, check_vocabulary
+from jaxft.train.sft import Rows, SFTConfig, SFTTrainer
 
 
 @known_names_only
@@ -53,6 +55,8 @@ class DPOConfig(SFTConfig):
         super().__post_init__()
         if self.neftune_noise_alpha:
             raise JaxftError("neftune_noise_alpha", "would add noise to the reference, too", "Leave it out")
+        if self.streaming:
+            raise JaxftError("streaming", "is not for preferences: the pairs are read as a whole", "Leave it out")
         self.loss()  # checks its settings
 
     def loss(self) -> PreferenceLoss:
@@ -96,7 +100,8 @@ class DPOTrainer(SFTTrainer):
             on_overlong=self.args.on_overlong,
             name=name,
         )
-        check_vocabulary([document for pair in pairs for document in pair], self.model.decoder.config.vocab_size)
+        for document in itertools.chain.from_iterable(pairs):
+            check_vocabulary(document, self.model.decoder.config.vocab_size)
         console.console.print(f"{name}: {report}", soft_wrap=True)
         return pairs
 

@@ -141,13 +141,8 @@ def task_questions(task: str, size: int, seed: int) -> list[Question]:
     return [Question(item["question"], partial(_score, dataset, item)) for item in dataset]
 
 
-def task_rows(task: str, size: int, seed: int) -> tuple[list[dict[str, Any]], Callable[..., list[float]]]:
-    """(rows of a prompt and its item's number, a reward function for them) of one of reasoning-gym's generators.
-
-    Raises:
-      JaxftError: as `task_questions`.
-    """
-    questions = task_questions(task, size, seed)
+def rewarded(questions: Sequence[Question]) -> tuple[list[dict[str, Any]], Callable[..., list[float]]]:
+    """Rows for a `GRPOTrainer`, {"prompt", "item": the question's number}, and the reward function for them."""
     rows = [{"prompt": [{"role": "user", "content": q.question}], "item": i} for i, q in enumerate(questions)]
 
     def score(completions: list[Any], item: list[int], **_: Any) -> list[float]:

@@ -113,7 +113,7 @@ class GRPOConfig(SFTConfig):
                 f"is {self.num_generations}: it must be at least 2, and divide the {self.completions} completions of a "
                 "rollout (per_device_train_batch_size x gradient_accumulation_steps)",
             )
-        for name in ("neftune_noise_alpha", "dataset_text_field"):
+        for name in ("neftune_noise_alpha", "dataset_text_field", "streaming"):
             if getattr(self, name):
                 raise JaxftError(name, "has no meaning for GRPO", "Leave it out")
         if self.eval_strategy != "no":
@@ -272,7 +272,7 @@ class GRPOTrainer:
         for prompt, tokens in zip(rollout.prompts, drawn.tokens, strict=True):
             ids = np.asarray([*prompt.tokens, *tokens], np.int32)
             examples.append(Example(prompt.where, ids, np.arange(len(ids)) >= len(prompt.tokens)))
-        text = lay_out(examples, [[i] for i in range(len(examples))], self._row_length)
+        text = lay_out(examples, [[i] for i in range(len(examples))], self._row_length).one_document_a_row()
         # With one step on each rollout, that step's policy is the rollout's own.
         old = _placed(drawn, text.loss_mask) if args.num_iterations > 1 else None
         if args.mask_truncated_completions:

@@ -183,8 +183,7 @@ def attention_pairs(batch: Any) -> float:
     texts = jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, Batch))
     found = 0.0
     for text in (x for x in texts if isinstance(x, Batch)):
-        seen = np.asarray(text.positions, np.float64) + 1
-        found += float(seen.sum() if text.segment_ids is None else seen[np.asarray(text.segment_ids) > 0].sum())
+        found += float((np.asarray(text.positions) + 1.0)[np.asarray(text.present)].sum())
     return found
 
 

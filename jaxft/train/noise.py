@@ -66,6 +66,7 @@ def document_lengths(batch: Batch) -> jax.Array:
     """float32 [B, T]: how many tokens the document of each token has."""
     rows, length = batch.tokens.shape
     if batch.segment_ids is None:
-        return jnp.full((rows, length), length, jnp.float32)
+        present = jnp.sum(batch.present, axis=-1, keepdims=True).astype(jnp.float32)
+        return jnp.broadcast_to(present, (rows, length))
     counts = jax.vmap(lambda segments: jnp.bincount(segments, length=length + 1)[segments])(batch.segment_ids)
     return counts.astype(jnp.float32)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from jaxft import console, losses
 from jaxft.data.batch import Example
@@ -45,6 +46,8 @@ class SFTConfig(TrainingArguments):
       on_bad_row: what becomes of rows that cannot be read, have no known form or nothing to learn from.
       dataset_text_field: the key of plain text, which then decides before any other form; None recognises forms.
       neftune_noise_alpha: of the noise on the embeddings, 5 to 15 as a rule; None adds none.
+      streaming: read, tokenize and pack the training rows as they are needed, for more than memory holds; needs
+        max_steps, as nobody knows how many steps an epoch has.
     """
 
     packing: bool = True
@@ -54,6 +57,12 @@ class SFTConfig(TrainingArguments):
     on_bad_row: OnBadRow = "error"
     dataset_text_field: str | None = None
     neftune_noise_alpha: float | None = None
+    streaming: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.streaming and self.max_steps < 1:
+            raise JaxftError("streaming", "needs max_steps: how long the data is shows only when it was read")
 
 
 class SFTTrainer:
@@ -98,9 +107,30 @@ class SFTTrainer:
         self.tokenizer = tokenizer or processing_class or model.tokenizer
         self.callbacks = callbacks
         self.formatting_func = formatting_func
-        self.response_markers: Markers | None = None  # of conversations that were rendered already
-        self.train_dataset = train_dataset
+        self._response_markers: Markers | None = None
+        self._training_rows = train_dataset
         self.eval_dataset = eval_dataset
+
+    @cached_property
+    def train_dataset(self) -> Any:
+        """What is trained on: {"input_ids", "labels"} of each document, -100 where there is nothing to learn.
+
+        The rows as they were given where they are streamed.
+        """
+        if self.args.streaming:
+            return self._training_rows
+        return Documents(self._examples(self._training_rows, "train_dataset"))
+
+    @property
+    def response_markers(self) -> Markers | None:
+        """Of conversations that were rendered already: only what follows them is learnt."""
+        return self._response_markers
+
+    @response_markers.setter
+    def response_markers(self, markers: Markers | None) -> None:
+        self._response_markers = markers
+        for name in ("train_dataset", "_eval_loader"):
+            self.__dict__.pop(name, None)  # they were made without
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> trainer.TrainResult:
         """Runs the training; the model holds the new values afterwards, also when the run was interrupted.
@@ -111,10 +141,7 @@ class SFTTrainer:
         args = self.args
         if resume_from_checkpoint is not None:
             args = dataclasses.replace(args, resume_from_checkpoint=str(resume_from_checkpoint))
-        examples = self._examples(self.train_dataset, "train_dataset")
-        loader = self._loader(examples, epochs=args.num_train_epochs)
-        if args.max_steps > 0:
-            loader = self._loader(examples, epochs=-(-args.max_steps // loader.steps_per_epoch))
+        loader, example = self._training_batches()
         total_steps = args.max_steps if args.max_steps > 0 else len(loader)
         job = self._job(loader, total_steps)
         args.schedule(total_steps)  # refuses a kind that it does not know
@@ -122,8 +149,11 @@ class SFTTrainer:
         if evaluate_at_all:
             _ = self._eval_loader
         prepare_output_dir(args.output_dir, overwrite=args.overwrite_output_dir or args.resumes)
-        self._announce(loader, examples[0], total_steps)
-        return trainer.run(job, args)
+        self._announce(loader, example, total_steps)
+        result = trainer.run(job, args)
+        if args.streaming:
+            console.console.print(f"train_dataset: {loader.report}", soft_wrap=True)
+        return result
 
     def evaluate(self, dataset: Rows | None = None) -> dict[str, float]:
         """{"eval_loss": nats per target token, "eval_tokens": target tokens} of `dataset` (or eval_dataset)."""
@@ -163,13 +193,41 @@ class SFTTrainer:
             key=key,
         )
 
-    def _examples(self, rows: Rows | None, name: str) -> list[Any]:
+    def _training_batches(self) -> tuple[Any, Any]:
+        """(a loader of the whole run, its first example)."""
+        args = self.args
+        if args.streaming:
+            stream = self._stream()
+            return stream, stream.example
+        examples = self.train_dataset.examples
+        loader = self._loader(examples, epochs=args.num_train_epochs)
+        if args.max_steps > 0:
+            loader = self._loader(examples, epochs=-(-args.max_steps // loader.steps_per_epoch))
+        return loader, examples[0]
+
+    def _stream(self) -> Any:
+        """A loader of the training rows that starts them again without end."""
+        from jaxft.data.stream import StreamLoader  # imports grain, which is slow
+
+        return StreamLoader(
+            self._rows(self._training_rows, "train_dataset"),
+            self._required_tokenizer(),
+            self._row_settings,
+            batch_size=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            packing=self.args.packing,
+            seed=self.args.seed,
+            name="train_dataset",
+        )
+
+    def _rows(self, rows: Rows | None, name: str) -> Any:
+        """The rows, or what formatting_func makes of them."""
         if rows is None:
             raise JaxftError(name, "is missing")
-        if self.formatting_func is not None:
-            rows = [{"text": self.formatting_func(row)} for _, row in read_objects(rows, name)]
-        tokenized = tokenize_rows(rows, self._required_tokenizer(), self._row_settings, name)
-        check_vocabulary(tokenized.examples, self.model.decoder.config.vocab_size)
+        return rows if self.formatting_func is None else Formatted(rows, self.formatting_func, name)
+
+    def _examples(self, rows: Rows | None, name: str) -> list[Any]:
+        tokenized = tokenize_rows(self._rows(rows, name), self._required_tokenizer(), self._row_settings, name)
         console.console.print(f"{name}: {tokenized}", soft_wrap=True)
         return tokenized.examples
 
@@ -188,6 +246,7 @@ class SFTTrainer:
             args.on_bad_row,
             args.dataset_text_field,
             self.response_markers,
+            self.model.decoder.config.vocab_size,
         )
 
     @property
@@ -220,12 +279,29 @@ class SFTTrainer:
         )
 
 
-def check_vocabulary(examples: Sequence[Example], vocab_size: int) -> None:
-    """A token without an embedding would make every loss NaN."""
-    for example in examples:
-        if example.tokens.max() >= vocab_size:
-            raise JaxftError(
-                example.where,
-                f"has the token id {example.tokens.max()}, and the model has only {vocab_size} embeddings",
-                "Use the tokenizer that belongs to the model",
-            )
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """Tokenized documents as other trainers show them."""
+
+    examples: Sequence[Any]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        """{"input_ids", "labels"}, where labels are -100 for what is not learnt."""
+        _, tokens, loss_mask = self.examples[index]
+        return {"input_ids": tokens.tolist(), "labels": np.where(loss_mask, tokens, -100).tolist()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Formatted:
+    """Rows of the texts that a function makes of other rows, whenever they are read."""
+
+    rows: Any
+    formatting_func: Callable[[Any], str]
+    name: str
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        for _, row in read_objects(self.rows, self.name):
+            yield {"text": self.formatting_func(row)}
