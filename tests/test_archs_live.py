@@ -63,7 +63,10 @@ def test_logits_gradients_cache_and_greedy_equal_transformers(family: str, case:
         np.testing.assert_allclose(logits.reshape(expected.shape), expected, atol=TOLERANCE, rtol=TOLERANCE)
         theirs = torch_reference.all_gradients(model, ids)
         for name, gradient in hf_gradients(gradients, config).items():
-            assert relative_l2(gradient, theirs[name]) < TOLERANCE, name
+            if np.any(theirs[name]):
+                assert relative_l2(gradient, theirs[name]) < TOLERANCE, name
+            else:  # an expert that no token goes to, or what only chooses experts
+                assert not np.any(gradient), name
     decoder.remat = "none"
     hidden = through_cache(decoder, jnp.asarray(ids, jnp.int32), prefill=5)
     np.testing.assert_allclose(decoder.logits(hidden), expected, atol=TOLERANCE, rtol=TOLERANCE)
@@ -119,6 +122,7 @@ def test_gguf_computes_the_same_in_llama_cpp(family: str, case: str, tmp_path: P
     np.testing.assert_allclose(hidden_states(again, ids), hidden_states(decoder, ids), atol=TOLERANCE)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("family", [family for family in CASES if family not in MOE_CASES])  # those: test_moe_live.py
 def test_peft_adapters_in_and_out(family: str, tmp_path: Path) -> None:
     import torch

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from converters.archs.base import ArchSpec
 from converters.archs.cohere import COHERE
+from converters.archs.deepseek_v2 import DEEPSEEK_V2
+from converters.archs.deepseek_v3 import DEEPSEEK_V3
 from converters.archs.gemma import GEMMA
 from converters.archs.gemma2 import GEMMA2
 from converters.archs.gemma3 import GEMMA3
@@ -46,6 +48,8 @@ ARCHS: dict[str, ArchSpec] = {
         OLMOE,
         GRANITE_MOE,
         GPT_OSS,
+        DEEPSEEK_V2,
+        DEEPSEEK_V3,
     )
 }
 

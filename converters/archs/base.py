@@ -43,6 +43,10 @@ class ConfigReader:
             return default
         return value
 
+    def peek(self, name: str) -> Any:
+        """The field's value, which is left for whoever takes it; None where it is missing."""
+        return self._left.get(name)
+
     def default(self, value: dict[str, Any], *names: str) -> None:
         """What the first of these fields is where none of them says anything."""
         if all(self._left.get(name) is None for name in names):

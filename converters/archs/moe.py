@@ -8,19 +8,20 @@ from converters.archs.base import ConfigReader, MetadataReader
 from jaxft.models.config import DecoderConfig, MLPLayerType, MoEConfig
 
 
-def read_moe(reader: ConfigReader, *, experts: str = "num_experts", **facts: Any) -> MoEConfig:
+def read_moe(reader: ConfigReader, *, experts: str = "num_experts", aux_loss: float = 0.001, **facts: Any) -> MoEConfig:
     """The experts of a config.
 
     Args:
       reader: of the model's config.
       experts: how the family spells their number.
+      aux_loss: the family's default of `router_aux_loss_coef`.
       **facts: the other fields of MoEConfig.
     """
     reader.take("output_router_logits", False)  # whether a forward pass returns them
     return MoEConfig(
         num_experts=reader.take(experts),
         num_experts_per_tok=reader.take("num_experts_per_tok"),
-        router_aux_loss_coef=float(reader.take("router_aux_loss_coef", 0.001)),
+        router_aux_loss_coef=float(reader.take("router_aux_loss_coef", aux_loss)),
         **facts,
     )
 
