@@ -281,7 +281,7 @@ class LanguageModel:
         adapter = make_adapter(*make(self.decoder, self.lora_config), base_model_name_or_path=self.name)
         spec = arch_of(self.source.config["model_type"], self.name)
         layout = spec.tensors(self.decoder.config)
-        return experts_to_hf(to_hf(adapter, layout, spec.layout), layout)
+        return experts_to_hf(to_hf(adapter, layout, spec.layout), layout, spec)
 
     def _merged(self, base: BaseWeights | str) -> Checkpoint:
         from converters.merge import DecoderCheckpoint, MergedCheckpoint
@@ -508,7 +508,7 @@ def _load_adapter(model: LanguageModel, adapter: Adapter) -> None:
 
     spec = arch_of(model.source.config["model_type"], model.name)
     layout = spec.tensors(model.decoder.config)
-    adapter = to_decoder(experts_to_decoder(adapter, layout), layout, spec.layout)
+    adapter = to_decoder(experts_to_decoder(adapter, layout, spec), layout, spec.layout)
     config = lora_config_of(adapter)
     lora.attach(model.decoder, config, key=jax.random.key(0))
     lora.load_adapter_tensors(model.decoder, adapter.tensors)

@@ -12,6 +12,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from arch_cases import arch_config, smallest
+from converters.archs import ARCHS
+from converters.expert_adapters import experts_to_decoder, experts_to_hf
+from converters.layout import Layout
+from converters.peft_io import Adapter, make_adapter, scale_of
 from jaxft import lora, losses
 from jaxft.data.batch import Batch
 from jaxft.errors import JaxftError
@@ -224,6 +229,47 @@ def test_adapters_of_experts_are_split_and_every_remat_policy_gives_their_gradie
         expected = 3 * (b.mT @ d_weights[name] if part == "lora_A" else d_weights[name] @ a.mT)
         np.testing.assert_allclose(variable.get_value(), expected, atol=1e-4, err_msg=name)
         assert np.abs(expected).max() > 1e-3, name
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe"])
+def test_adapters_of_stacked_experts_are_pefts_parameters_and_come_back(family: str) -> None:
+    """What peft computes of them (`ParamWrapper.get_delta_weight`) is each expert's own scale * B A, in its place."""
+    hf, spec = arch_config(family, smallest(family)), ARCHS[family]
+    layout = spec.tensors(spec.decoder_config(hf, "test"))
+    modules = [n.removesuffix(".weight") for n in layout.decoder if ".experts." in n and n.endswith(".weight")]
+    rng, r, scale = np.random.default_rng(0), 3, 2.0
+    tensors: dict[str, np.ndarray] = {}
+    for module in modules:
+        out, inputs = layout.decoder[f"{module}.weight"].shape
+        tensors[f"{module}.lora_A.weight"] = rng.standard_normal((r, inputs), np.float32)
+        tensors[f"{module}.lora_B.weight"] = rng.standard_normal((out, r), np.float32)
+    adapter = make_adapter(lora.LoraConfig(r=r, lora_alpha=r * scale), tensors, base_model_name_or_path=None)
+    stored = experts_to_hf(adapter, layout, spec)
+    assert stored.config["target_parameters"] == [op.hf for op in spec.expert_parameters]
+    holder, experts = spec.expert_parameters[0].hf.rpartition(".")[0], layout_experts(layout)
+    for op, inside in zip(spec.expert_parameters, (".base_layer", ""), strict=True):
+        a, b = (stored.tensors[f"model.layers.1.{holder}{inside}.lora_{part}.weight"] for part in "AB")
+        a, b = a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts)
+        delta = np.einsum("ore,eri->eoi", b, a) * scale_of(stored, f"model.layers.1.{op.hf}")
+        names = [f"model.layers.1.{part.format(e)}" for e in range(experts) for part in op.parts]
+        pairs = [[tensors[n.replace(".weight", f".lora_{part}.weight")] for part in "BA"] for n in names]
+        (whole,) = {layout.decoder[name].names[0] for name in names}
+        expected = layout.hf[whole].compute(*(scale * left @ right for left, right in pairs))
+        np.testing.assert_allclose(delta if delta.shape == expected.shape else delta.mT, expected, atol=1e-5)
+    back = experts_to_decoder(stored, layout, spec)
+    assert back.tensors.keys() == tensors.keys()
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(back.tensors[name], array, err_msg=name)
+    assert scale_of(back, modules[0]) == scale_of(back, modules[-1]) == scale
+    broken = dict(stored.tensors)
+    broken[f"model.layers.0.{holder}.lora_B.weight"] = broken[f"model.layers.0.{holder}.lora_B.weight"][:-1]
+    with pytest.raises(JaxftError, match=r"experts\.down_proj.*does not fit"):
+        experts_to_decoder(Adapter(stored.config, broken), layout, spec)
+
+
+def layout_experts(layout: Layout) -> int:
+    """E of a layout's layers."""
+    return 1 + max(int(name.split(".experts.")[1].split(".")[0]) for name in layout.decoder if ".experts." in name)
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from flax import nnx
 
 from arch_cases import arch_config, smallest, tokens
 from jaxft import FastLanguageModel
-from jaxft.errors import JaxftError
 from jaxft.models.moe import load_balancing_loss
 from models import decoder_of
 from moe_cases import MOE_CASES
@@ -42,6 +42,8 @@ def write(folder: Path, config: dict[str, Any]) -> Path:
         ("qwen2_moe", "shared expert"),
         ("olmoe", "experts"),
         ("mixtral", "experts"),
+        ("granitemoe", "multipliers"),
+        ("gpt_oss", "experts"),
         ("deepseek_v2", "groups, yarn"),
         ("deepseek_v3", "groups, yarn"),
     ],
@@ -77,12 +79,34 @@ def test_peft_computes_what_our_adapter_of_experts_does(family: str, case: str, 
     np.testing.assert_allclose(torch_reference.logits(merged, ids), ours, atol=2 * TOLERANCE, rtol=TOLERANCE)
 
 
-def test_adapters_of_stacked_experts_are_refused_by_name(tmp_path: Path) -> None:
-    folder = write(tmp_path / "hf", arch_config("gpt_oss", smallest("gpt_oss")))
-    model, _ = FastLanguageModel.from_pretrained(str(folder), load_in_4bit=False, dtype="float32")
-    FastLanguageModel.get_peft_model(model, r=2)
-    with pytest.raises(JaxftError, match=r"experts\.0\.\w+_proj is a part of"):
-        model.save_pretrained(tmp_path / "adapter")
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", "qwen3_moe", "mixtral", "deepseek_v3"])
+def test_what_peft_saves_of_all_experts_at_once_is_read(family: str, tmp_path: Path) -> None:
+    """peft's target_parameters: A of gate_up_proj is shared by gate and up, so their ranks are the parameter's."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from vectors import torch_reference
+
+    config = arch_config(family, smallest(family))
+    folder, ids = write(tmp_path / "hf", config), tokens(config)
+    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    parameters = [name for name, _ in base.named_parameters() if name.endswith(("gate_up_proj", "experts.down_proj"))]
+    settings = LoraConfig(
+        r=3, lora_alpha=6, target_modules=["o_proj"], target_parameters=parameters, rank_pattern={"gate_up_proj": 4}
+    )
+    theirs = get_peft_model(base, settings)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    expected = torch_reference.logits(theirs.eval(), ids)
+    stored = json.loads((tmp_path / "theirs/adapter_config.json").read_text())
+    (tmp_path / "theirs/adapter_config.json").write_text(json.dumps({**stored, "base_model_name_or_path": str(folder)}))
+    model, _ = FastLanguageModel.from_pretrained(str(tmp_path / "theirs"), load_in_4bit=False, dtype="float32")
+    np.testing.assert_allclose(model(ids), expected, atol=2 * TOLERANCE, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("family", [f for f in MOE_CASES if "deepseek" not in f])  # transformers' have no such loss

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from converters.expert_layout import StackExperts
 from converters.layout import Layout, LayoutOp, layout_of
 from converters.tensor_ops import TensorOp
 from jaxft.errors import JaxftError
@@ -179,6 +180,8 @@ class ArchSpec:
       gguf: None when GGUF cannot hold this architecture.
       models: what it covers, in words.
       layout: how the tensors of an HF checkpoint differ from the decoder's.
+      expert_parameters: how transformers' class holds the experts' weights, which peft's target_parameters name, in the
+        class's order.
     """
 
     model_type: str
@@ -187,6 +190,7 @@ class ArchSpec:
     gguf: GGUFArch | None
     models: str
     layout: tuple[LayoutOp, ...] = ()
+    expert_parameters: tuple[StackExperts, ...] = ()
 
     def decoder_config(self, config: dict[str, Any], where: object) -> DecoderConfig:
         """The DecoderConfig of an HF config dict; raises JaxftError on any field that is not understood."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from converters.archs.base import ArchSpec, ConfigReader
 from converters.archs.deepseek import SHARED_EXPERTS, deepseek_fields
+from converters.archs.moe import EXPERT_PARAMETERS
 from jaxft.models.config import DecoderConfig
 
 
@@ -27,4 +28,5 @@ DEEPSEEK_V2 = ArchSpec(
     gguf=None,
     models="DeepSeek-V2, DeepSeek-V2-Lite, DeepSeek-Coder-V2",
     layout=(SHARED_EXPERTS,),
+    expert_parameters=EXPERT_PARAMETERS,
 )

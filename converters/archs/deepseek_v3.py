@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from converters.archs.base import ArchSpec, ConfigReader
 from converters.archs.deepseek import SHARED_EXPERTS, deepseek_fields
+from converters.archs.moe import EXPERT_PARAMETERS
 from jaxft.models.config import DecoderConfig
 
 
@@ -32,4 +33,5 @@ DEEPSEEK_V3 = ArchSpec(
     gguf=None,
     models="DeepSeek-V3 and R1 (in 16 bits, without multi-token prediction), Moonlight",
     layout=(SHARED_EXPERTS,),
+    expert_parameters=EXPERT_PARAMETERS,
 )

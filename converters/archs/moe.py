@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from converters.archs.base import ConfigReader, MetadataReader
+from converters.expert_layout import StackExperts
 from jaxft.models.config import DecoderConfig, MLPLayerType, MoEConfig
+
+EXPERT_PARAMETERS = (
+    StackExperts(
+        "mlp.experts.gate_up_proj",
+        ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+        (0, 1, 2, 3),
+    ),
+    StackExperts("mlp.experts.down_proj", ("mlp.experts.{}.down_proj.weight",), (0, 1, 2, 3)),
+)
 
 
 def read_moe(reader: ConfigReader, *, experts: str = "num_experts", aux_loss: float = 0.001, **facts: Any) -> MoEConfig:
