@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from converters.archs import ARCHS
 from converters.expert_adapters import experts_to_decoder, experts_to_hf
 from converters.layout import Layout
 from converters.peft_io import Adapter, make_adapter, scale_of
-from jaxft import lora, losses
+from jaxft import FastLanguageModel, lora, losses
 from jaxft.data.batch import Batch
 from jaxft.errors import JaxftError
 from jaxft.models import labels
@@ -25,6 +26,8 @@ from jaxft.models.config import DecoderConfig, MoEConfig
 from jaxft.models.decoder import Decoder, abstract_decoder
 from jaxft.models.moe import Load, MoE, load_balancing_loss, utilisation
 from jaxft.models.params import expected_tensors, tensor_views
+from jaxft.quant.mxfp4 import MXFP4Tensor
+from tiny import write_tiny_hf
 
 D, TOKENS = 16, (2, 7)
 PLAIN = MoEConfig(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=12)
@@ -229,6 +232,26 @@ def test_adapters_of_experts_are_split_and_every_remat_policy_gives_their_gradie
         expected = 3 * (b.mT @ d_weights[name] if part == "lora_A" else d_weights[name] @ a.mT)
         np.testing.assert_allclose(variable.get_value(), expected, atol=1e-4, err_msg=name)
         assert np.abs(expected).max() > 1e-3, name
+
+
+@pytest.mark.slow
+def test_experts_in_4_bits_need_a_flag_and_compute_with_what_the_codes_mean(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "moe_intermediate_size": 32}
+    folder = write_tiny_hf(tmp_path, {**arch_config("qwen3_moe", smallest("qwen3_moe")), **sizes})
+    loaded = functools.partial(FastLanguageModel.from_pretrained, str(folder), dtype="float32", load_in_4bit=False)
+    model, _ = loaded(load_experts_in_4bit=True)
+    assert "experts are in MXFP4" in "".join(capsys.readouterr()).replace("\n", " ")
+    plain, _ = loaded()
+    ids = np.random.default_rng(0).integers(0, 96, (1, 9))
+    before = np.asarray(plain(ids))
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        coded, exact = (getattr(m.decoder.model.layers.mlp.experts, name).weight for m in (model, plain))
+        assert isinstance(coded.get_value(), MXFP4Tensor)
+        exact.set_value(coded.get_value().dequantize(jnp.float32))
+    np.testing.assert_allclose(model(ids), plain(ids), atol=1e-5)
+    assert np.abs(np.asarray(plain(ids)) - before).max() > 0.05
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "granitemoe"])
