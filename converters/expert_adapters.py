@@ -1,14 +1,15 @@
 """PEFT adapters of linears that a checkpoint names or holds in another way than the decoder: experts above all.
 
-Linears that are the decoder's own under another name are renamed. Experts come in two forms:
+Linears that are the decoder's own under another name are renamed. Experts come in two forms, and both are read:
 
-- One pair for each, under the checkpoint's names (``mlp.experts.3.up_proj``, or ``block_sparse_moe.experts.3.w3``).
-  This is what is written where a checkpoint has them one by one; peft 0.21 makes the second form of it.
+- One pair for each, under the checkpoint's names: ``mlp.experts.3.up_proj``, or ``block_sparse_moe.experts.3.w3``.
 - As transformers' classes hold them: a parameter of all E experts of a layer, and peft's ``target_parameters`` with
   one adapter each. A is [E R, in], expert by expert, and B [out, R E], expert by expert within each rank. Where a
   parameter is of several linears, gate and up, A has the ranks of both and B is block diagonal, as in
   `converters.peft_layout`. peft keeps the adapters of a module's parameters inside each other: the last one's are
   ``mlp.experts.lora_A.weight``, those of the one before ``mlp.experts.base_layer.lora_A.weight``.
+
+The second is written: peft 0.21 makes it of the first, but not for every family.
 """
 
 from __future__ import annotations
@@ -67,20 +68,32 @@ def experts_to_decoder(adapter: Adapter, layout: Layout, spec: ArchSpec) -> Adap
     parameters = _parameters(layout, spec, [name for name in named if not name.endswith(".weight")])
     adapter = _taken_apart(Adapter({**adapter.config, "target_parameters": None}, adapter.tensors), layout, parameters)
     stored = {s.names[0]: name for name, s in layout.decoder.items() if len(layout.hf[s.names[0]].names) == 1}
-    return _renamed(adapter, {m: _module(stored.get(f"{m}.weight", m)) for m in adapter.modules})
+    adapter = _renamed(adapter, {m: _module(stored.get(f"{m}.weight", m)) for m in adapter.modules})
+    return _without_namesakes(adapter, layout) if parameters else adapter
+
+
+def _without_namesakes(adapter: Adapter, layout: Layout) -> Adapter:
+    """`adapter` with linears excluded that are called as experts' are, and are not adapted."""
+    adapted = set(adapter.modules)
+    ends = {_ending(module, 1) for module in adapted}
+    others = (_module(name) for name in layout.decoder if not _is_expert(name) and _ending(_module(name), 1) in ends)
+    excluded = list(dict.fromkeys(_ending(module, 2) for module in others if module not in adapted))
+    before = adapter.config.get("exclude_modules") or []
+    if not excluded or isinstance(before, str):
+        return adapter
+    return Adapter({**adapter.config, "exclude_modules": [*before, *excluded]}, adapter.tensors)
 
 
 def experts_to_hf(adapter: Adapter, layout: Layout, spec: ArchSpec) -> Adapter:
-    """The inverse: one by one where a checkpoint has the experts so, else as parameters of them all."""
-    if not any(map(_is_expert, adapter.modules)):
+    """The inverse, of experts in the second form."""
+    adapted = [op for op in spec.expert_parameters if any(_is_part(module, op) for module in adapter.modules)]
+    if not adapted:
         return _renamed(adapter, _stored_names(adapter, layout))
     if adapter.config.get("lora_dropout"):
         warn("peft has no dropout for adapters of experts; the adapter that is written says lora_dropout = 0")
-    adapter = Adapter({**adapter.config, "lora_dropout": 0.0}, adapter.tensors)
-    if any(_is_expert(module) and not _is_single(layout, module) for module in adapter.modules):
-        adapted = [op for op in spec.expert_parameters if any(_is_part(m, op) for m in adapter.modules)]
-        return _put_together(adapter, layout, _parameters(layout, spec, [op.hf for op in adapted]))
-    return _apart_from_experts(_renamed(adapter, _stored_names(adapter, layout)))
+    others = {old: new for old, new in _stored_names(adapter, layout).items() if not _is_expert(old)}
+    adapter = _renamed(Adapter({**adapter.config, "lora_dropout": 0.0}, adapter.tensors), others)
+    return _put_together(adapter, layout, _parameters(layout, spec, [op.hf for op in adapted]))
 
 
 def taken_apart(adapter: Adapter, layout: Layout, spec: ArchSpec) -> Adapter:
@@ -94,30 +107,25 @@ def _stored_names(adapter: Adapter, layout: Layout) -> dict[str, str]:
     return {m: _module(layout.decoder[f"{m}.weight"].names[0]) for m in own}
 
 
-def _apart_from_experts(adapter: Adapter) -> Adapter:
-    """peft takes the names of experts' linears to mean experts only. Other linears of these names, of a shared expert
-    or a dense layer, are named by their parameter, of which an adapter looks the same."""
-    experts = {_ending(module, 1) for module in adapter.modules if _is_expert(module)}
-    others = {m: _ending(m, 1) in experts for m in adapter.modules if not _is_expert(m)}
-    modules = [*(_ending(module, 1) for module, shared in others.items() if not shared), *sorted(experts)]
-    parameters = [f"{_ending(module, 2)}.weight" for module, shared in others.items() if shared]
-    named = {"target_modules": list(dict.fromkeys(modules)), "target_parameters": list(dict.fromkeys(parameters))}
-    return Adapter({**adapter.config, **named}, adapter.tensors)
-
-
 def _parameters(layout: Layout, spec: ArchSpec, names: Sequence[str]) -> list[_Parameter]:
     """Of every layer, those that `names`, of `target_parameters`, mean."""
-    ops = [op for op in spec.expert_parameters if any(f".{op.hf}".endswith(f".{name}") for name in names)]
-    unknown = [name for name in names if not any(f".{op.hf}".endswith(f".{name}") for op in ops)]
+    shapes = {name: source.shape for name, source in layout.decoder.items()}
+    meant: dict[str, list[tuple[StackExperts, int]]] = {}
+    unknown = set(names)
+    for op in spec.expert_parameters:
+        for prefix, experts in op.layers(shapes).items():
+            matching = {name for name in names if f".{prefix}{op.hf}".endswith(f".{name}")}
+            unknown -= matching
+            if matching:
+                meant.setdefault(prefix, []).append((op, experts))
     if unknown:
         known = ", ".join(op.hf for op in spec.expert_parameters) or "none"
-        raise JaxftError("adapter, field target_parameters", f"{unknown} are not experts' (these are: {known})")
+        raise JaxftError("adapter, field target_parameters", f"{sorted(unknown)} are not experts' (these are: {known})")
     found = []
-    for place, op in enumerate(ops):
-        inside = _BASE_LAYER * (len(ops) - 1 - place)
-        for prefix, experts in op.layers({name: source.shape for name, source in layout.decoder.items()}).items():
-            module = f"{prefix}{op.hf.rpartition('.')[0]}{inside}"
-            found.append(_Parameter(op, prefix, experts, module))
+    for prefix, ops in meant.items():
+        for place, (op, experts) in enumerate(ops):
+            inside = _BASE_LAYER * (len(ops) - 1 - place)
+            found.append(_Parameter(op, prefix, experts, f"{prefix}{op.hf.rpartition('.')[0]}{inside}"))
     return found
 
 
@@ -180,12 +188,16 @@ def _put_together(adapter: Adapter, layout: Layout, parameters: list[_Parameter]
             scale = scale_of(adapter, modules[0][0])
             patterns["rank_pattern"][parameter.op.hf] = rank
             patterns["alpha_pattern"][parameter.op.hf] = _alpha(scale, rank, config)
-    named = list(dict.fromkeys(parameter.op.hf for parameter in parameters))
-    config |= {**patterns, "target_parameters": named}
     of_parameters = {parameter.module for parameter in parameters}
-    rest = [m for m in Adapter(config, tensors).modules if m not in of_parameters]
-    config["target_modules"] = list(dict.fromkeys(_ending(module, 1) for module in rest))
-    return Adapter(config, tensors)
+    others = [module for module in Adapter(config, tensors).modules if module not in of_parameters]
+    # peft takes names of experts' linears among target_modules to mean experts only. Other linears of these names, of
+    # a shared expert or a dense layer, are named by their parameter, of which an adapter looks the same.
+    experts = {_ending(part.removesuffix(".weight"), 1) for p in parameters for part in p.op.parts}
+    named = [parameter.op.hf for parameter in parameters]
+    named += [f"{_ending(module, 2)}.weight" for module in others if _ending(module, 1) in experts]
+    plain = [_ending(module, 1) for module in others if _ending(module, 1) not in experts]
+    targets = {"target_modules": list(dict.fromkeys(plain)), "target_parameters": list(dict.fromkeys(named))}
+    return Adapter({**config, **patterns, **targets}, tensors)
 
 
 def _is_expert(name: str) -> bool:

@@ -150,10 +150,11 @@ def _as_json(value: Any) -> Any:
 def lora_config_of(adapter: Adapter) -> LoraConfig:
     """The settings of an adapter; what it targets is what its tensors adapt."""
     settings = _settings(adapter.config)
-    if settings.exclude_modules or isinstance(settings.target_modules, str):
-        return dataclasses.replace(settings, target_modules=tuple(adapter.modules), exclude_modules=())
     targets = dict.fromkeys(module.rsplit(".", 1)[-1] for module in adapter.modules)
-    return dataclasses.replace(settings, target_modules=tuple(targets))
+    by_name = dataclasses.replace(settings, target_modules=tuple(targets))
+    if isinstance(settings.target_modules, str) or not all(map(by_name.is_target, adapter.modules)):
+        return dataclasses.replace(settings, target_modules=tuple(adapter.modules), exclude_modules=())
+    return by_name
 
 
 def _settings(config: dict[str, Any]) -> LoraConfig:
