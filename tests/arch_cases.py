@@ -53,6 +53,7 @@ _MULTIPLIERS = {
     "logits_scaling": 2.0,
 }
 _STARCODER2 = {"hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": None, "norm_epsilon": 1e-5}
+_STABLELM = {"rms_norm_eps": None, "layer_norm_eps": 1e-5}
 
 # model_type -> case -> what its config.json has beside `hf_config`'s fields.
 CASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -197,6 +198,18 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
             "num_key_value_heads": 1,
         },
         "no biases": {**_DERIVED_HEADS, **_STARCODER2, "use_bias": False},
+    },
+    "stablelm": {
+        "a quarter rotated": {**_DERIVED_HEADS, **_STABLELM, "hidden_size": 64},
+        "parallel, biases, one kv head, tied": {
+            **_DERIVED_HEADS,
+            **_STABLELM,
+            "partial_rotary_factor": 0.5,
+            "use_parallel_residual": True,
+            "use_qkv_bias": True,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+        },
     },
     **MOE_CASES,
 }

@@ -108,7 +108,9 @@ def test_gguf_computes_the_same_in_llama_cpp(family: str, case: str, tmp_path: P
     decoder = load_decoder(source, dtype=jnp.float32)
     ours = np.asarray(decoder.logits(hidden_states(decoder, ids[:1])))[0]
     with llama.open(path) as model:
-        assert rms(model.logits(ids[0].tolist()), ours) <= 0.01 * max(1.0, float(ours.std()))
+        error = rms(model.logits(ids[0].tolist()), ours)
+    print(f"{family}/{case}: rms {error:.2e}, logits of {ours.std():.2f}")
+    assert error <= 0.01
     if decoder.config.rope.kind == "llama3":
         with pytest.raises(JaxftError, match="not Llama 3's scaling"):  # the case is shorter than Llama 3's models
             GGUFCheckpoint(path)

@@ -48,7 +48,7 @@ class ConfigReader:
         """The field's value, which is left for whoever takes it; None where it is missing."""
         return self._left.get(name)
 
-    def default(self, value: dict[str, Any], *names: str) -> None:
+    def default(self, value: Any, *names: str) -> None:
         """What the first of these fields is where none of them says anything."""
         if all(self._left.get(name) is None for name in names):
             self._left[names[0]] = value
