@@ -268,6 +268,7 @@ GGUF_CASES = {
         ("smollm3", "windows, biases"),
         ("cohere", "q/k norm, biases"),
         ("starcoder2", "no biases"),
+        ("stablelm", "parallel, biases, one kv head, tied"),
     }
 }
 EVERY_CASE = [(family, case) for family, cases in CASES.items() for case in cases]

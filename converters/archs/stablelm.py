@@ -41,6 +41,7 @@ def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
         whole_heads=False,
         norm="layer_norm",
         norm_bias=True,
+        tie_word_embeddings=False,
     )
 
 
