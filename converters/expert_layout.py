@@ -61,9 +61,9 @@ class StackExperts:
         """Of every layer that has such experts."""
         to_hf: dict[str, Source] = {}
         to_decoder: dict[str, Source] = {}
-        for prefix, experts in self._layers(shapes).items():
+        for prefix, experts in self.layers(shapes).items():
             names = tuple(f"{prefix}{part.format(e)}" for e in range(experts) for part in self.parts)
-            stack = _Stack((experts, len(self.parts), *shapes[names[0]]), self.axes)
+            stack = self.stack(experts, shapes[names[0]])
             hf = prefix + self.hf
             to_hf[hf] = Source(stack.hf_shape, names, stack.join)
             for index, name in enumerate(names):
@@ -71,7 +71,11 @@ class StackExperts:
                 to_decoder[name] = Source(shapes[name], (hf,), take)
         return to_hf, to_decoder
 
-    def _layers(self, shapes: Mapping[str, Shape]) -> dict[str, int]:
+    def stack(self, experts: int, shape: Shape) -> Stack:
+        """The array of so many experts' linears, each of them of this shape."""
+        return Stack((experts, len(self.parts), *shape), self.axes)
+
+    def layers(self, shapes: Mapping[str, Shape]) -> dict[str, int]:
         """What stands before the parts' names -> how many experts there are."""
         pattern = re.compile(re.escape(self.parts[0]).replace(r"\{\}", r"(\d+)") + "$")
         found = (pattern.search(name) for name in shapes)
@@ -82,7 +86,7 @@ class StackExperts:
         return layers
 
 
-class _Stack(NamedTuple):
+class Stack(NamedTuple):
     """The array [E, P, ...] of the decoder's tensors, and the order of its axes in HF's."""
 
     shape: Shape
@@ -98,6 +102,10 @@ class _Stack(NamedTuple):
         first = place if place == 1 else place - 1
         shape = self.permuted
         return (*shape[:first], math.prod(shape[first : first + 2]), *shape[first + 2 :])
+
+    def with_rows_first(self, array: np.ndarray) -> np.ndarray:
+        """HF's tensor [E, in, out] as [E, out, in], or the inverse, where it is not so already."""
+        return array if self.axes.index(2) < self.axes.index(3) else array.transpose(0, 2, 1)
 
     def join(self, *arrays: np.ndarray) -> np.ndarray:
         """HF's tensor."""

@@ -26,12 +26,19 @@ _BUFFERS = ("rotary_emb.inv_freq",)
 _FLOATS = {np.dtype(dtype) for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
 
 
-def load_decoder(checkpoint: Checkpoint, *, dtype: DTypeLike, quantization: str | None = None) -> Decoder:
+def load_decoder(
+    checkpoint: Checkpoint,
+    *,
+    dtype: DTypeLike,
+    quantization: str | None = None,
+    expert_quantization: str | None = None,
+) -> Decoder:
     """A Decoder with the checkpoint's weights, one tensor at a time; experts that are stored in MXFP4 stay so.
 
     Args:
       dtype: of every parameter that is not quantized.
       quantization: a name in `jaxft.quant.QUANTIZATIONS` for the linears of the layers, or None.
+      expert_quantization: the same for the experts' linears.
 
     Raises:
       JaxftError: see `check`.
@@ -51,7 +58,9 @@ def load_decoder(checkpoint: Checkpoint, *, dtype: DTypeLike, quantization: str 
             stored = kept.quantized(name) if kept is not None and layout.is_same(name) else None
             return layout.decoder[name].read(checkpoint.read) if stored is None else jax.tree.map(jnp.asarray, stored)
 
-        return build_decoder(config, read, dtype=dtype, quantization=quantization)
+        return build_decoder(
+            config, read, dtype=dtype, quantization=quantization, expert_quantization=expert_quantization
+        )
 
 
 def _check_all_quantized(checkpoint: QuantizedCheckpoint, config: DecoderConfig, layout: Layout) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from converters.archs import arch_of
 from converters.checkpoint import Checkpoint, TensorInfo
+from converters.expert_adapters import taken_apart
 from converters.hf_files import without_tokenizer
 from converters.load import EMBEDDING, HEAD
 from converters.peft_io import Adapter, scale_of
@@ -93,7 +94,9 @@ class MergedCheckpoint(DerivedCheckpoint):
 
     def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
         super().__init__(base)
-        self._adapter = adapter
+        spec = arch_of(base.config["model_type"], base.where)
+        self._layout = spec.tensors(spec.decoder_config(base.config, base.where))
+        self._adapter = adapter = taken_apart(adapter, self._layout, spec)
         self._adapted = frozenset(adapter.modules)
         self._whole = frozenset(adapter.whole)
         tied = HEAD not in base.tensors
@@ -111,7 +114,12 @@ class MergedCheckpoint(DerivedCheckpoint):
     @property
     def adapted(self) -> list[str]:
         """The weights that the adapter changes."""
-        return [f"{module}.weight" for module in self._adapter.modules]
+        names = (f"{module}.weight" for module in self._adapter.modules)
+        return list(dict.fromkeys(self._layout.decoder[n].names[0] if self._is_part(n) else n for n in names))
+
+    def _is_part(self, name: str) -> bool:
+        """Whether a weight is an expert's that the base has in one tensor with the others'."""
+        return name not in self.tensors and name in self._layout.decoder
 
     def _module_problems(self, module: str) -> list[str]:
         tensors = self._adapter.tensors
@@ -119,6 +127,9 @@ class MergedCheckpoint(DerivedCheckpoint):
             shape = (tensors[f"{module}.lora_embedding_A"].shape[1], tensors[f"{module}.lora_embedding_B"].shape[0])
         else:
             shape = (tensors[f"{module}.lora_B.weight"].shape[0], tensors[f"{module}.lora_A.weight"].shape[1])
+        if self._is_part(f"{module}.weight"):
+            expected = self._layout.decoder[f"{module}.weight"].shape
+            return [] if shape == expected else [f"{module} is {list(expected)}, not {list(shape)}"]
         return self._problems(f"{module}.weight", shape)
 
     def _problems(self, name: str, shape: tuple[int, ...]) -> list[str]:
@@ -134,7 +145,24 @@ class MergedCheckpoint(DerivedCheckpoint):
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in self._adapted:
             weight = self._merged(module, weight.astype(np.float32))
+        elif name in self._layout.hf and self._of_parts(name):
+            weight = weight.astype(np.float32) + self._layout.hf[name].compute(*self._changes_of_parts(name))
         return weight.astype(dtype)
+
+    def _of_parts(self, name: str) -> bool:
+        parts = self._layout.hf[name].names
+        return any(part.removesuffix(".weight") in self._adapted and self._is_part(part) for part in parts)
+
+    def _changes_of_parts(self, name: str) -> list[np.ndarray]:
+        """What the adapter adds to each of the linears that a tensor of the base holds."""
+        changes = []
+        for part in self._layout.hf[name].names:
+            module = part.removesuffix(".weight")
+            if module in self._adapted:
+                changes.append(np.float32(scale_of(self._adapter, module)) * self._change(module))
+            else:
+                changes.append(np.zeros(self._layout.decoder[part].shape, np.float32))
+        return changes
 
     def before(self, name: str) -> np.ndarray:
         """One tensor without its low-rank change."""

@@ -6,6 +6,7 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -23,6 +24,7 @@ from jaxft.lora import Bias, LoraConfig
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _BASE_LAYER = ".base_layer"  # what peft puts into the names of an adapted module's own parameters
+_OWN_PARAMETER = re.compile(rf"\{_BASE_LAYER}\.(?!lora_|base_layer)")
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _MAGNITUDE = ".lora_magnitude_vector"
@@ -77,7 +79,8 @@ _DEFAULTS: dict[str, Any] = {
 _FREE = frozenset(
     """alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying exclude_modules inference_mode
     init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core modules_to_save
-    peft_version qalora_group_size r rank_pattern revision target_modules use_dora use_rslora""".split()  # noqa: SIM905
+    peft_version qalora_group_size r rank_pattern revision target_modules target_parameters use_dora
+    use_rslora""".split()  # noqa: SIM905
 )
 # Ways to start from that leave the base weights alone; others (PiSSA, OLoRA, LoftQ ...) train against a changed base.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -147,10 +150,11 @@ def _as_json(value: Any) -> Any:
 def lora_config_of(adapter: Adapter) -> LoraConfig:
     """The settings of an adapter; what it targets is what its tensors adapt."""
     settings = _settings(adapter.config)
-    if settings.exclude_modules or isinstance(settings.target_modules, str):
-        return dataclasses.replace(settings, target_modules=tuple(adapter.modules), exclude_modules=())
     targets = dict.fromkeys(module.rsplit(".", 1)[-1] for module in adapter.modules)
-    return dataclasses.replace(settings, target_modules=tuple(targets))
+    by_name = dataclasses.replace(settings, target_modules=tuple(targets))
+    if isinstance(settings.target_modules, str) or not all(map(by_name.is_target, adapter.modules)):
+        return dataclasses.replace(settings, target_modules=tuple(adapter.modules), exclude_modules=())
+    return by_name
 
 
 def _settings(config: dict[str, Any]) -> LoraConfig:
@@ -208,7 +212,7 @@ def read_adapter(path: Path | str) -> Adapter:
     file = SafetensorsFile(folder / WEIGHTS)
     # Copies, so that the adapter outlives its files.
     tensors = {name: np.array(file.read(name)) for name in file.tensors}
-    names = {name: name.removeprefix(_PREFIX).replace(f"{_BASE_LAYER}.", ".") for name in tensors}
+    names = {name: _OWN_PARAMETER.sub(".", name.removeprefix(_PREFIX)) for name in tensors}
     adapter = _with_tied_head_once(Adapter(config, {names[name]: array for name, array in tensors.items()}))
     _check_tensors(adapter, folder / WEIGHTS)
     return adapter
@@ -268,6 +272,9 @@ def _check_config(config: dict[str, Any], where: object) -> None:
     if problems:
         how = "Only LoRA on linears and embeddings is, with rsLoRA, DoRA, modules_to_save and biases"
         raise JaxftError(where, f"not supported: {', '.join(problems)}", how)
+    parameters = _field(config, "target_parameters")
+    if parameters and not (isinstance(parameters, list) and all(isinstance(name, str) for name in parameters)):
+        raise JaxftError(f"{where}, field target_parameters", f"must be a list of names, not {parameters!r}")
     _check_numbers(config, where)
 
 
@@ -315,9 +322,18 @@ def _is_explained(name: str, settings: LoraConfig, modules: set[str]) -> bool:
     return biased or settings.is_saved(module) or (name.endswith(".weight") and module in modules)
 
 
+def _is_of_a_parameter(adapter: Adapter, module: str) -> bool:
+    """Whether peft's target_parameters mean this adapter, not target_modules."""
+    named = [p for p in _field(adapter.config, "target_parameters") or () if not p.endswith(".weight")]
+    holders = {parameter.rpartition(".")[0] or "experts" for parameter in named}
+    return any(f".{module.replace(_BASE_LAYER, '')}".endswith(f".{holder}") for holder in holders)
+
+
 def _module_problems(adapter: Adapter, module: str, settings: LoraConfig) -> list[str]:
     """What is wrong with the shapes of one module's adapter."""
     rank, problems = settings.rank_of(module), []
+    if _is_of_a_parameter(adapter, module):  # its rank goes with a number of experts that the model knows
+        return problems
     parts = {suffix: adapter.tensors.get(module + suffix) for suffix in (*_RANK_AXIS, _MAGNITUDE)}
     for suffix, axis in _RANK_AXIS.items():
         array = parts[suffix]

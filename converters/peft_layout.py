@@ -33,7 +33,7 @@ def to_decoder(adapter: Adapter, layout: Layout, ops: Sequence[LayoutOp]) -> Ada
             if b.shape[0] != sum(sizes):
                 raise JaxftError(f"adapter, tensor {module}.{_B}", f"has {b.shape[0]} rows, not {sum(sizes)}")
             bands = np.split(b, np.cumsum(sizes)[:-1])
-            for part, (a_part, b_part) in zip(op.parts, _parts(a, bands, config.get("r")), strict=True):
+            for part, (a_part, b_part) in zip(op.parts, parts_of(a, bands, config.get("r")), strict=True):
                 tensors |= {f"{prefix}{part}.{_A}": a_part, f"{prefix}{part}.{_B}": b_part}
         if rank_of(adapter, f"model.layers.0.{op.hf}") == len(op.parts) * config.get("r", 0):
             for pattern in ("rank_pattern", "alpha_pattern"):
@@ -54,7 +54,7 @@ def to_hf(adapter: Adapter, layout: Layout, ops: Sequence[LayoutOp]) -> Adapter:
         for prefix in prefixes:
             pairs = [_pair(tensors, f"{prefix}{part}", layout, adapter) for part in op.parts]
             tensors[f"{prefix}{op.hf}.{_A}"] = np.concatenate([a for a, _ in pairs])
-            tensors[f"{prefix}{op.hf}.{_B}"] = _block_diagonal([b for _, b in pairs])
+            tensors[f"{prefix}{op.hf}.{_B}"] = block_diagonal([b for _, b in pairs])
         if any(rank_of(adapter, f"{prefix}{part}") != config["r"] for prefix in prefixes for part in op.parts):
             raise JaxftError(
                 "adapter, field rank_pattern", f"gives parts of {op.hf}, which HF keeps as one, other ranks"
@@ -93,7 +93,7 @@ def _rows(layout: Layout, module: str) -> int:
     return layout.decoder[f"{module}.weight"].shape[0]
 
 
-def _parts(a: np.ndarray, bands: list[np.ndarray], r: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
+def parts_of(a: np.ndarray, bands: list[np.ndarray], r: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
     """(A, B) of each part: blocks where B is block diagonal as `to_hf` writes it, else all of A for each."""
     blocks = [slice(i * (r or 0), (i + 1) * (r or 0)) for i in range(len(bands))]
     diagonal = r is not None and len(a) == len(bands) * r and len(bands) > 1
@@ -113,7 +113,8 @@ def _pair(
     return np.zeros((r, inputs), dtype), np.zeros((out, r), dtype)
 
 
-def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
+def block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
+    """The matrix with these blocks along its diagonal."""
     rows, columns = (sum(block.shape[axis] for block in blocks) for axis in (0, 1))
     result = np.zeros((rows, columns), blocks[0].dtype)
     row = column = 0

@@ -304,7 +304,7 @@ class LanguageModel:
         adapter = make_adapter(*make(self.decoder, self.lora_config), base_model_name_or_path=self.name)
         spec = arch_of(self.source.config["model_type"], self.name)
         layout = spec.tensors(self.decoder.config)
-        return experts_to_hf(to_hf(adapter, layout, spec.layout), layout)
+        return experts_to_hf(to_hf(adapter, layout, spec.layout), layout, spec)
 
     def _merged(self, base: BaseWeights | str, tokenizer: PreTrainedTokenizerBase | None) -> Checkpoint:
         from converters.merge import DecoderCheckpoint, DerivedCheckpoint, MergedCheckpoint
@@ -330,6 +330,7 @@ class FastLanguageModel:
         max_seq_length: int = 2048,
         dtype: DTypeLike | None = None,
         load_in_4bit: bool = True,
+        load_experts_in_4bit: bool = False,
         full_finetuning: bool = False,
         use_gradient_checkpointing: str | bool = "full",
         *,
@@ -346,6 +347,7 @@ class FastLanguageModel:
           load_in_4bit: keep the linears of the layers in NF4 with double quantization, experts left out; weights that
             are stored in NF4 or MXFP4 stay as they are. From 1 GiB on, the converted weights are kept in jaxft's cache
             folder for the next time.
+          load_experts_in_4bit: keep the experts' linears in MXFP4; with a warning, since it costs accuracy.
           full_finetuning: every weight trains, in `dtype`, without an adapter; needs load_in_4bit=False.
           use_gradient_checkpointing: with full_finetuning, what `get_peft_model` calls so.
           load_in_8bit: is not there yet.
@@ -373,15 +375,18 @@ class FastLanguageModel:
         source = open_checkpoint(name)
         decoder = (
             load_nf4(source, dtype=dtype, cache=cache_dir() / "nf4")
-            if load_in_4bit
-            else load_decoder(source, dtype=dtype)
-        )
-        if load_in_4bit and decoder.config.moe:
-            console.warn(
-                "the experts stay as they are stored; only the other linears are in NF4. A router that was trained with"
-                " exact experts sends tokens elsewhere when their outputs change, and few tokens train each expert:"
-                " LoRA over experts in bfloat16 is what works"
+            if load_in_4bit and not load_experts_in_4bit
+            else load_decoder(
+                source,
+                dtype=dtype,
+                quantization="nf4" if load_in_4bit else None,
+                expert_quantization="mxfp4" if load_experts_in_4bit else None,
             )
+        )
+        if load_experts_in_4bit and not decoder.config.moe:
+            raise JaxftError("load_experts_in_4bit", f"{name} has no experts", "Leave it out")
+        if decoder.config.moe and (load_in_4bit or load_experts_in_4bit):
+            _warn_of_experts(load_experts_in_4bit)
         tokenizer = (load_tokenizer(Path(model_name)) if adapter else None) or source.tokenizer()
         if tokenizer is None:
             console.warn(f"{source.where} has no tokenizer files; the tokenizer is None")
@@ -531,6 +536,15 @@ def check_gguf_quantizations(methods: Sequence[str]) -> None:
         check_quantization(method)
 
 
+def _warn_of_experts(quantized: bool) -> None:
+    is_so = "are in MXFP4" if quantized else "stay as they are stored; only the other linears are in NF4"
+    how = "" if quantized else " (load_experts_in_4bit=True quantizes them all the same)"
+    console.warn(
+        f"the experts {is_so}. A router that was trained with exact experts sends tokens elsewhere when their outputs"
+        f" change, and few tokens train each expert: LoRA over experts in bfloat16 is what works{how}"
+    )
+
+
 def supported_models() -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
     """Column titles and rows of the supported architectures, and the same as a Markdown table."""
     from converters.archs import models_markdown, models_table
@@ -546,7 +560,7 @@ def _load_adapter(model: LanguageModel, adapter: Adapter) -> None:
 
     spec = arch_of(model.source.config["model_type"], model.name)
     layout = spec.tensors(model.decoder.config)
-    adapter = to_decoder(experts_to_decoder(adapter, layout), layout, spec.layout)
+    adapter = to_decoder(experts_to_decoder(adapter, layout, spec), layout, spec.layout)
     config = lora_config_of(adapter)
     lora.attach(model.decoder, config, key=jax.random.key(0))
     lora.load_adapter_tensors(model.decoder, adapter.tensors)

@@ -53,6 +53,7 @@ _MULTIPLIERS = {
     "logits_scaling": 2.0,
 }
 _STARCODER2 = {"hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": None, "norm_epsilon": 1e-5}
+_STABLELM = {"rms_norm_eps": None, "layer_norm_eps": 1e-5}
 
 # model_type -> case -> what its config.json has beside `hf_config`'s fields.
 CASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -198,6 +199,18 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "no biases": {**_DERIVED_HEADS, **_STARCODER2, "use_bias": False},
     },
+    "stablelm": {
+        "a quarter rotated": {**_DERIVED_HEADS, **_STABLELM, "hidden_size": 64},
+        "parallel, biases, one kv head, tied": {
+            **_DERIVED_HEADS,
+            **_STABLELM,
+            "partial_rotary_factor": 0.5,
+            "use_parallel_residual": True,
+            "use_qkv_bias": True,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+        },
+    },
     **MOE_CASES,
 }
 # Fields of `hf_config`, llama's, that other families do not have.
@@ -221,7 +234,8 @@ def arch_config(family: str, case: str) -> dict[str, Any]:
         given = CASES[family][case]
         config = {name: value for name, value in config.items() if name in given or name not in _LLAMAS_OWN}
         config |= {"model_type": family, "architectures": [_architecture(family)]}
-    return {name: value for name, value in config.items() if value is not None}
+    # DeepSeek's null says that there is no such vector; that of other fields, that the case does not have the field.
+    return {name: value for name, value in config.items() if value is not None or name == "q_lora_rank"}
 
 
 def _architecture(family: str) -> str:
@@ -254,6 +268,7 @@ GGUF_CASES = {
         ("smollm3", "windows, biases"),
         ("cohere", "q/k norm, biases"),
         ("starcoder2", "no biases"),
+        ("stablelm", "parallel, biases, one kv head, tied"),
     }
 }
 EVERY_CASE = [(family, case) for family, cases in CASES.items() for case in cases]

@@ -20,6 +20,16 @@ _YARN = {
     "beta_slow": 1.0, "truncate": False,
 }  # fmt: skip
 
+_DEEPSEEK = {
+    **_SIZES, "num_key_value_heads": 4, "head_dim": None, "q_lora_rank": 14, "kv_lora_rank": 10, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 6, "v_head_dim": 10, "n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5,
+}  # fmt: skip
+_DEEPSEEK_YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 32, "beta_slow": 1,
+    "mscale": 0.707, "mscale_all_dim": 1.2,
+}  # fmt: skip
+
 MOE_CASES: dict[str, dict[str, dict[str, Any]]] = {
     "qwen3_moe": {
         "experts": {**_SIZES, **_EXPERTS, "head_dim": 12, "norm_topk_prob": True},
@@ -66,6 +76,23 @@ MOE_CASES: dict[str, dict[str, dict[str, Any]]] = {
         "three layers, tight clamp": {
             **_SIZES, "head_dim": 12, "num_hidden_layers": 3, "num_local_experts": 4, "num_experts_per_tok": 3,
             "sliding_window": 3, "swiglu_limit": 0.5, "swiglu_alpha": 1.2,
+        },
+    },
+    "deepseek_v2": {
+        "groups, yarn": {
+            **_DEEPSEEK, "topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2,
+            "rope_scaling": _DEEPSEEK_YARN,
+        },
+        "greedy, q of the token, biases": {
+            **_DEEPSEEK, "q_lora_rank": None, "attention_bias": True, "n_shared_experts": 2, "num_hidden_layers": 3,
+            "topk_method": "greedy",
+        },
+    },
+    "deepseek_v3": {
+        "groups, yarn": {**_DEEPSEEK, "n_group": 3, "topk_group": 2, "rope_scaling": _DEEPSEEK_YARN},
+        "halves, q of the token, all sparse": {
+            **_DEEPSEEK, "q_lora_rank": None, "attention_bias": True, "rope_interleave": False, "n_group": 1,
+            "topk_group": 1, "norm_topk_prob": False, "first_k_dense_replace": 0, "tie_word_embeddings": True,
         },
     },
 }  # fmt: skip

@@ -63,7 +63,10 @@ def test_logits_gradients_cache_and_greedy_equal_transformers(family: str, case:
         np.testing.assert_allclose(logits.reshape(expected.shape), expected, atol=TOLERANCE, rtol=TOLERANCE)
         theirs = torch_reference.all_gradients(model, ids)
         for name, gradient in hf_gradients(gradients, config).items():
-            assert relative_l2(gradient, theirs[name]) < TOLERANCE, name
+            if np.any(theirs[name]):
+                assert relative_l2(gradient, theirs[name]) < TOLERANCE, name
+            else:  # an expert that no token goes to, or what only chooses experts
+                assert not np.any(gradient), name
     decoder.remat = "none"
     hidden = through_cache(decoder, jnp.asarray(ids, jnp.int32), prefill=5)
     np.testing.assert_allclose(decoder.logits(hidden), expected, atol=TOLERANCE, rtol=TOLERANCE)
@@ -105,7 +108,9 @@ def test_gguf_computes_the_same_in_llama_cpp(family: str, case: str, tmp_path: P
     decoder = load_decoder(source, dtype=jnp.float32)
     ours = np.asarray(decoder.logits(hidden_states(decoder, ids[:1])))[0]
     with llama.open(path) as model:
-        assert rms(model.logits(ids[0].tolist()), ours) <= 0.01 * max(1.0, float(ours.std()))
+        error = rms(model.logits(ids[0].tolist()), ours)
+    print(f"{family}/{case}: rms {error:.2e}, logits of {ours.std():.2f}")
+    assert error <= 0.01
     if decoder.config.rope.kind == "llama3":
         with pytest.raises(JaxftError, match="not Llama 3's scaling"):  # the case is shorter than Llama 3's models
             GGUFCheckpoint(path)
@@ -119,6 +124,7 @@ def test_gguf_computes_the_same_in_llama_cpp(family: str, case: str, tmp_path: P
     np.testing.assert_allclose(hidden_states(again, ids), hidden_states(decoder, ids), atol=TOLERANCE)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("family", [family for family in CASES if family not in MOE_CASES])  # those: test_moe_live.py
 def test_peft_adapters_in_and_out(family: str, tmp_path: Path) -> None:
     import torch

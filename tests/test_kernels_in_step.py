@@ -94,5 +94,5 @@ def test_steps_of_real_shapes_lower_for_a_gpu(name: str) -> None:
         arguments = (trainable, frozen, jax.eval_shape(tx.init, trainable), batch)
         counts = kernel_names(step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text())
     assert {"nf4_dequantize", "rms_norm_forward", "rope", "linear_cross_entropy_kernel"} <= set(counts)
-    capped = MODELS[name].attention_soft_cap is not None
-    assert ("attention_forward" in counts) == capped, "cuDNN's attention is the choice without a soft cap"
+    ours = MODELS[name].attention_soft_cap is not None or MODELS[name].attention_sinks
+    assert ("attention_forward" in counts) == ours, "cuDNN's attention is the choice without soft caps and sinks"

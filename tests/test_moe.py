@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +13,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxft import lora, losses
+from arch_cases import arch_config, smallest
+from converters.archs import ARCHS
+from converters.expert_adapters import experts_to_decoder, experts_to_hf
+from converters.layout import Layout
+from converters.peft_io import Adapter, make_adapter, scale_of
+from jaxft import FastLanguageModel, lora, losses
 from jaxft.data.batch import Batch, lay_out
 from jaxft.errors import JaxftError
 from jaxft.models import labels
@@ -20,7 +26,9 @@ from jaxft.models.config import DecoderConfig, MoEConfig
 from jaxft.models.decoder import Decoder, abstract_decoder
 from jaxft.models.moe import Load, MoE, load_balancing_loss, utilisation
 from jaxft.models.params import expected_tensors, tensor_views
+from jaxft.quant.mxfp4 import MXFP4Tensor
 from models import random_examples
+from tiny import write_tiny_hf
 
 D, TOKENS = 16, (2, 7)
 PLAIN = MoEConfig(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=12)
@@ -242,6 +250,67 @@ def test_adapters_of_experts_are_split_and_every_remat_policy_gives_their_gradie
         expected = 3 * (b.mT @ d_weights[name] if part == "lora_A" else d_weights[name] @ a.mT)
         np.testing.assert_allclose(variable.get_value(), expected, atol=1e-4, err_msg=name)
         assert np.abs(expected).max() > 1e-3, name
+
+
+@pytest.mark.slow
+def test_experts_in_4_bits_need_a_flag_and_compute_with_what_the_codes_mean(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "moe_intermediate_size": 32}
+    folder = write_tiny_hf(tmp_path, {**arch_config("qwen3_moe", smallest("qwen3_moe")), **sizes})
+    loaded = functools.partial(FastLanguageModel.from_pretrained, str(folder), dtype="float32", load_in_4bit=False)
+    model, _ = loaded(load_experts_in_4bit=True)
+    assert "experts are in MXFP4" in "".join(capsys.readouterr()).replace("\n", " ")
+    plain, _ = loaded()
+    ids = np.random.default_rng(0).integers(0, 96, (1, 9))
+    before = np.asarray(plain(ids))
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        coded, exact = (getattr(m.decoder.model.layers.mlp.experts, name).weight for m in (model, plain))
+        assert isinstance(coded.get_value(), MXFP4Tensor)
+        exact.set_value(coded.get_value().dequantize(jnp.float32))
+    np.testing.assert_allclose(model(ids), plain(ids), atol=1e-5)
+    assert np.abs(np.asarray(plain(ids)) - before).max() > 0.05
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe"])
+def test_adapters_of_stacked_experts_are_pefts_parameters_and_come_back(family: str) -> None:
+    """What peft computes of them (`ParamWrapper.get_delta_weight`) is each expert's own scale * B A, in its place."""
+    hf, spec = arch_config(family, smallest(family)), ARCHS[family]
+    layout = spec.tensors(spec.decoder_config(hf, "test"))
+    modules = [n.removesuffix(".weight") for n in layout.decoder if ".experts." in n and n.endswith(".weight")]
+    rng, r, scale = np.random.default_rng(0), 3, 2.0
+    tensors: dict[str, np.ndarray] = {}
+    for module in modules:
+        out, inputs = layout.decoder[f"{module}.weight"].shape
+        tensors[f"{module}.lora_A.weight"] = rng.standard_normal((r, inputs), np.float32)
+        tensors[f"{module}.lora_B.weight"] = rng.standard_normal((out, r), np.float32)
+    adapter = make_adapter(lora.LoraConfig(r=r, lora_alpha=r * scale), tensors, base_model_name_or_path=None)
+    stored = experts_to_hf(adapter, layout, spec)
+    assert stored.config["target_parameters"] == [op.hf for op in spec.expert_parameters]
+    holder, experts = spec.expert_parameters[0].hf.rpartition(".")[0], layout_experts(layout)
+    for op, inside in zip(spec.expert_parameters, (".base_layer", ""), strict=True):
+        a, b = (stored.tensors[f"model.layers.1.{holder}{inside}.lora_{part}.weight"] for part in "AB")
+        a, b = a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts)
+        delta = np.einsum("ore,eri->eoi", b, a) * scale_of(stored, f"model.layers.1.{op.hf}")
+        names = [f"model.layers.1.{part.format(e)}" for e in range(experts) for part in op.parts]
+        pairs = [[tensors[n.replace(".weight", f".lora_{part}.weight")] for part in "BA"] for n in names]
+        (whole,) = {layout.decoder[name].names[0] for name in names}
+        expected = layout.hf[whole].compute(*(scale * left @ right for left, right in pairs))
+        np.testing.assert_allclose(delta if delta.shape == expected.shape else delta.mT, expected, atol=1e-5)
+    back = experts_to_decoder(stored, layout, spec)
+    assert back.tensors.keys() == tensors.keys()
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(back.tensors[name], array, err_msg=name)
+    assert scale_of(back, modules[0]) == scale_of(back, modules[-1]) == scale
+    broken = dict(stored.tensors)
+    broken[f"model.layers.0.{holder}.lora_B.weight"] = broken[f"model.layers.0.{holder}.lora_B.weight"][:-1]
+    with pytest.raises(JaxftError, match=r"experts\.down_proj.*does not fit"):
+        experts_to_decoder(Adapter(stored.config, broken), layout, spec)
+
+
+def layout_experts(layout: Layout) -> int:
+    """E of a layout's layers."""
+    return 1 + max(int(name.split(".experts.")[1].split(".")[0]) for name in layout.decoder if ".experts." in name)
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -123,7 +123,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "peft_type": ("IA3", "field peft_type: 'IA3' is not supported"),
     "bias": ("some", "field bias: must be one of none, all, lora_only, not 'some'"),
     "lora_bias": (True, "lora_bias = True"),
-    "target_parameters": (["mlp.experts"], "target_parameters = "),
+    "target_parameters": ("mlp.experts", "field target_parameters: must be a list of names, not 'mlp.experts'"),
     "trainable_token_indices": ([1], "trainable_token_indices = "),
     "layer_replication": ([[0, 1]], "layer_replication = "),
     "fan_in_fan_out": (True, "fan_in_fan_out = True"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from converters.archs.base import ArchSpec
 from converters.archs.cohere import COHERE
+from converters.archs.deepseek_v2 import DEEPSEEK_V2
+from converters.archs.deepseek_v3 import DEEPSEEK_V3
 from converters.archs.gemma import GEMMA
 from converters.archs.gemma2 import GEMMA2
 from converters.archs.gemma3 import GEMMA3
@@ -21,6 +23,7 @@ from converters.archs.qwen2_moe import QWEN2_MOE
 from converters.archs.qwen3 import QWEN3
 from converters.archs.qwen3_moe import QWEN3_MOE
 from converters.archs.smollm3 import SMOLLM3
+from converters.archs.stablelm import STABLELM
 from converters.archs.starcoder2 import STARCODER2
 from jaxft.errors import JaxftError
 
@@ -40,12 +43,15 @@ ARCHS: dict[str, ArchSpec] = {
         SMOLLM3,
         COHERE,
         STARCODER2,
+        STABLELM,
         MIXTRAL,
         QWEN2_MOE,
         QWEN3_MOE,
         OLMOE,
         GRANITE_MOE,
         GPT_OSS,
+        DEEPSEEK_V2,
+        DEEPSEEK_V3,
     )
 }
 
@@ -65,7 +71,8 @@ def models_table() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """(column titles, one row for each architecture): what it covers, and what of it was compared with what.
 
     tests/test_archs.py compares every row with transformers' own class (logits, gradients of all parameters, packed
-    rows, the cache); tests/test_archs_live.py several configs of each, beside PEFT and llama.cpp.
+    rows, the cache); tests/test_archs_live.py several configs of each, beside PEFT and llama.cpp, and
+    tests/test_moe_live.py adapters of experts.
     """
     titles = ("model_type", "models", "compared with transformers", "GGUF, compared with llama.cpp")
     numbers = "logits, gradients, packing, cache, greedy; checkpoints and adapters in and out"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from converters.expert_layout import StackExperts
 from converters.layout import Layout, LayoutOp, layout_of
 from converters.tensor_ops import TensorOp
 from jaxft.errors import JaxftError
@@ -43,7 +44,11 @@ class ConfigReader:
             return default
         return value
 
-    def default(self, value: dict[str, Any], *names: str) -> None:
+    def peek(self, name: str) -> Any:
+        """The field's value, which is left for whoever takes it; None where it is missing."""
+        return self._left.get(name)
+
+    def default(self, value: Any, *names: str) -> None:
         """What the first of these fields is where none of them says anything."""
         if all(self._left.get(name) is None for name in names):
             self._left[names[0]] = value
@@ -175,6 +180,8 @@ class ArchSpec:
       gguf: None when GGUF cannot hold this architecture.
       models: what it covers, in words.
       layout: how the tensors of an HF checkpoint differ from the decoder's.
+      expert_parameters: how transformers' class holds the experts' weights, which peft's target_parameters name, in the
+        class's order.
     """
 
     model_type: str
@@ -183,6 +190,7 @@ class ArchSpec:
     gguf: GGUFArch | None
     models: str
     layout: tuple[LayoutOp, ...] = ()
+    expert_parameters: tuple[StackExperts, ...] = ()
 
     def decoder_config(self, config: dict[str, Any], where: object) -> DecoderConfig:
         """The DecoderConfig of an HF config dict; raises JaxftError on any field that is not understood."""

@@ -150,7 +150,7 @@ def write_common_gguf(
     """
     without_windows = () if "layer_types" in graph else ("layer_types",)
     for field in dataclasses.fields(config):
-        if field.name not in {*_SAID, *said, *without_windows}:
+        if field.name in graph or field.name not in {*_SAID, *said, *without_windows}:
             _check(field.name, getattr(config, field.name), (graph.get(field.name, field.default),))
     _check("rope_type", config.rope.kind, rope_kinds)
     _check("interleaved rotation", config.rope.interleaved, (interleaved,))

@@ -57,6 +57,11 @@ def _of(parts: tuple[str, ...], kind: str) -> tuple[str, ...]:
     return tuple(f"{part}.{kind}" for part in parts)
 
 
+_WEIGHTS = (
+    StackExperts("mlp.experts.gate_up_proj", _of(_GATE_UP, "weight"), (0, 3, 2, 1)),
+    StackExperts("mlp.experts.down_proj", _of(_DOWN, "weight"), (0, 3, 2, 1)),
+)
+
 GPT_OSS = ArchSpec(
     model_type="gpt_oss",
     architecture="GptOssForCausalLM",
@@ -65,9 +70,9 @@ GPT_OSS = ArchSpec(
     models="gpt-oss-20b, gpt-oss-120b",
     layout=(
         Rename("mlp.router", "mlp.gate"),
-        StackExperts("mlp.experts.gate_up_proj", _of(_GATE_UP, "weight"), (0, 3, 2, 1)),
+        *_WEIGHTS,
         StackExperts("mlp.experts.gate_up_proj_bias", _of(_GATE_UP, "bias"), (0, 2, 1)),
-        StackExperts("mlp.experts.down_proj", _of(_DOWN, "weight"), (0, 3, 2, 1)),
         StackExperts("mlp.experts.down_proj_bias", _of(_DOWN, "bias"), (0, 2, 1)),
     ),
+    expert_parameters=_WEIGHTS,
 )

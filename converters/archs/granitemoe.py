@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from converters.archs.base import ArchSpec, ConfigReader
 from converters.archs.common import read_common
-from converters.archs.moe import read_moe
-from converters.expert_layout import Rename, StackExperts
+from converters.archs.moe import EXPERT_PARAMETERS, read_moe
+from converters.expert_layout import Rename
 from jaxft.models.config import DecoderConfig
 
 
@@ -30,6 +32,11 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     )
 
 
+_GATE_UP, _DOWN = (
+    dataclasses.replace(op, hf=f"block_sparse_moe.{name}.weight")
+    for op, name in zip(EXPERT_PARAMETERS, ("input_linear", "output_linear"), strict=True)
+)
+
 GRANITE_MOE = ArchSpec(
     model_type="granitemoe",
     architecture="GraniteMoeForCausalLM",
@@ -38,11 +45,11 @@ GRANITE_MOE = ArchSpec(
     models="Granite 3 1B-A400M and 3B-A800M",
     layout=(
         Rename("block_sparse_moe.router.layer", "mlp.gate"),
-        StackExperts(
-            "block_sparse_moe.input_linear.weight",
-            ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
-            (0, 1, 2, 3),
-        ),
-        StackExperts("block_sparse_moe.output_linear.weight", ("mlp.experts.{}.down_proj.weight",), (0, 1, 2, 3)),
+        _GATE_UP,
+        _DOWN,
+    ),
+    expert_parameters=(
+        dataclasses.replace(_GATE_UP, hf="block_sparse_moe.experts.gate_up_proj"),
+        dataclasses.replace(_DOWN, hf="block_sparse_moe.experts.down_proj"),
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from converters.archs.base import ArchSpec, ConfigReader
 from converters.archs.common import read_common, read_windows
-from converters.archs.moe import read_moe
+from converters.archs.moe import EXPERT_PARAMETERS, read_moe
 from converters.expert_layout import Rename
 from jaxft.models.config import DecoderConfig
 
@@ -37,4 +37,5 @@ MIXTRAL = ArchSpec(
         Rename("block_sparse_moe.experts.{}.w2", "mlp.experts.{}.down_proj"),
         Rename("block_sparse_moe.experts.{}.w3", "mlp.experts.{}.up_proj"),
     ),
+    expert_parameters=EXPERT_PARAMETERS,
 )

@@ -5,22 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 from converters.archs.base import ConfigReader, MetadataReader
+from converters.expert_layout import StackExperts
 from jaxft.models.config import DecoderConfig, MLPLayerType, MoEConfig
 
+EXPERT_PARAMETERS = (
+    StackExperts(
+        "mlp.experts.gate_up_proj",
+        ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+        (0, 1, 2, 3),
+    ),
+    StackExperts("mlp.experts.down_proj", ("mlp.experts.{}.down_proj.weight",), (0, 1, 2, 3)),
+)
 
-def read_moe(reader: ConfigReader, *, experts: str = "num_experts", **facts: Any) -> MoEConfig:
+
+def read_moe(reader: ConfigReader, *, experts: str = "num_experts", aux_loss: float = 0.001, **facts: Any) -> MoEConfig:
     """The experts of a config.
 
     Args:
       reader: of the model's config.
       experts: how the family spells their number.
+      aux_loss: the family's default of `router_aux_loss_coef`.
       **facts: the other fields of MoEConfig.
     """
     reader.take("output_router_logits", False)  # whether a forward pass returns them
     return MoEConfig(
         num_experts=reader.take(experts),
         num_experts_per_tok=reader.take("num_experts_per_tok"),
-        router_aux_loss_coef=float(reader.take("router_aux_loss_coef", 0.001)),
+        router_aux_loss_coef=float(reader.take("router_aux_loss_coef", aux_loss)),
         **facts,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from converters.archs.base import ArchSpec, ConfigReader
 from converters.archs.common import read_common
-from converters.archs.moe import read_moe
+from converters.archs.moe import EXPERT_PARAMETERS, read_moe
 from jaxft.models.config import DecoderConfig
 
 
@@ -32,4 +32,5 @@ OLMOE = ArchSpec(
     read_config=_read_config,
     gguf=None,
     models="OLMoE-1B-7B",
+    expert_parameters=EXPERT_PARAMETERS,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from converters.archs.base import ArchSpec, ConfigReader
 from converters.archs.common import read_common, read_optional_windows
-from converters.archs.moe import read_moe, read_sparse_layers
+from converters.archs.moe import EXPERT_PARAMETERS, read_moe, read_sparse_layers
 from jaxft.models.config import DecoderConfig, LayerType
 
 
@@ -36,4 +36,5 @@ QWEN2_MOE = ArchSpec(
     read_config=_read_config,
     gguf=None,
     models="Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
+    expert_parameters=EXPERT_PARAMETERS,
 )

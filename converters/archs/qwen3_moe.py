@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from converters.archs.base import ArchSpec, ConfigReader
 from converters.archs.common import read_common, read_optional_windows
-from converters.archs.moe import read_moe, read_sparse_layers
+from converters.archs.moe import EXPERT_PARAMETERS, read_moe, read_sparse_layers
 from jaxft.models.config import DecoderConfig
 
 
@@ -34,4 +34,5 @@ QWEN3_MOE = ArchSpec(
     read_config=_read_config,
     gguf=None,
     models="Qwen3-30B-A3B, Qwen3-235B-A22B",
+    expert_parameters=EXPERT_PARAMETERS,
 )

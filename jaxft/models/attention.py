@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,27 +100,38 @@ class Attention(nnx.Module):
         if c.qk_norm in ("head", "each_head"):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if facts.rope is not None:
-            q_BTNH, k_BTKH = _rotate(q_BTNH, k_BTKH, info.rotations[facts.rope], c.ropes[facts.rope].interleaved)
+            q_BTNH, k_BTKH = rotate(q_BTNH, k_BTKH, info.rotations[facts.rope], c.ropes[facts.rope].interleaved)
         settings = {
             "scale": c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
             "sliding_window": facts.sliding_window,
             "soft_cap": c.attention_soft_cap,
             "sinks": None if self.sinks is None else self.sinks.get_value(),
         }
-        if cache is not None:
-            cache = cache.write(layer, k_BTKH, v_BTKH, info.positions)
-        # Tokens that fill the whole cache, a prompt's, see nothing but each other.
-        if cache is None or cache.k.shape[2] == x_BTD.shape[1]:
-            q_BTNH, k_BTKH, v_BTKH = (
-                checkpoint_name(x, name) for x, name in ((q_BTNH, "q"), (k_BTKH, "k"), (v_BTKH, "v"))
-            )
-            out_BTNH = pk.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=info.segment_ids, **settings)
-        else:
-            out_BTNH = pk.cached_attention(q_BTNH, cache.k, cache.v, info.positions, layer=layer, **settings)
+        out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, info, layer=layer, cache=cache, **settings)
         return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1), dropout_key), cache
 
     def _heads(self, x: jax.Array, heads: int) -> jax.Array:
         return x.reshape(*x.shape[:2], heads, self.config.head_dim)
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    info: SequenceInfo,
+    *,
+    layer: jax.Array,
+    cache: KVCache | None,
+    **settings: Any,
+) -> tuple[jax.Array, KVCache | None]:
+    """The kernel, over these tokens or over the cache with them in it: (out [B, T, N, H], the cache)."""
+    if cache is not None:
+        cache = cache.write(layer, k_BTKH, v_BTKH, info.positions)
+    # Tokens that fill the whole cache, a prompt's, see nothing but each other.
+    if cache is None or cache.k.shape[2] == q_BTNH.shape[1]:
+        q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(x, name) for x, name in ((q_BTNH, "q"), (k_BTKH, "k"), (v_BTKH, "v")))
+        return pk.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids=info.segment_ids, **settings), cache
+    return pk.cached_attention(q_BTNH, cache.k, cache.v, info.positions, layer=layer, **settings), cache
 
 
 def _norm_shape(config: DecoderConfig, heads: int) -> tuple[int, ...]:
@@ -129,7 +140,7 @@ def _norm_shape(config: DecoderConfig, heads: int) -> tuple[int, ...]:
     return {"head": (h,), "each_head": (heads, h), "full": (heads * h,)}[config.qk_norm or "head"]
 
 
-def _rotate(
+def rotate(
     q: jax.Array, k: jax.Array, rotation: tuple[jax.Array, jax.Array], interleaved: bool
 ) -> tuple[jax.Array, jax.Array]:
     """q and k by their positions. Interleaved pairs are put apart first and stay so, in q as in k: q.k is the same."""

@@ -118,6 +118,40 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention (arXiv:2405.04434, section 2.1): small vectors that the heads are made of.
+
+    Attributes:
+      kv_lora_rank: values of the vector that k and v of all heads are made of.
+      q_lora_rank: values of the one that q is made of; None: of the token itself.
+      qk_nope_head_dim, qk_rope_head_dim: values of a head of q and k that are not rotated, and that are; the rotated
+        ones of k are the same in all heads.
+      v_head_dim: values of a head of v.
+    """
+
+    kv_lora_rank: int
+    q_lora_rank: int | None
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "q_lora_rank" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                raise JaxftError(f"config field {field.name}", f"must be a positive integer, not {value!r}")
+        if self.v_head_dim > self.qk_head_dim:
+            raise JaxftError("config field v_head_dim", f"{self.v_head_dim} exceeds q's and k's {self.qk_head_dim}")
+
+    @property
+    def qk_head_dim(self) -> int:
+        """H: values of a head of q and k."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerFacts:
     """What is static about one layer; consecutive layers with a repeating pattern of facts share one scan.
 
@@ -163,6 +197,7 @@ class DecoderConfig:
       rope: positions.
       local_rope: positions of "sliding_attention" layers; None: as of the others.
       nope_layers: layers without positions.
+      mla: latent attention; head_dim is then that of q and k, and there is a key head for each query head.
       moe: the mixture of experts of the layers that are "sparse".
       mlp_layer_types: one entry a layer; without any, all are "sparse" with `moe` and "dense" without.
     """
@@ -200,6 +235,7 @@ class DecoderConfig:
     rope: RopeConfig = RopeConfig()
     local_rope: RopeConfig | None = None
     nope_layers: tuple[int, ...] = ()
+    mla: MLAConfig | None = None
     moe: MoEConfig | None = None
     mlp_layer_types: tuple[MLPLayerType, ...] = ()
 
@@ -227,8 +263,10 @@ class DecoderConfig:
                 "config field num_key_value_heads",
                 f"{self.num_key_value_heads} does not divide num_attention_heads {self.num_attention_heads}",
             )
+        if self.mla is not None:
+            _check_mla(self, self.mla)
         for rope in self.ropes.values():
-            _check_rope(rope, self.head_dim)
+            _check_rope(rope, self.rope_head_dim)
         for name in ("layer_types", "mlp_layer_types"):
             entries = len(getattr(self, name))
             if entries != self.num_hidden_layers:
@@ -244,6 +282,11 @@ class DecoderConfig:
     def ropes(self) -> dict[str, RopeConfig]:
         """The rotations by the names that `LayerFacts.rope` has for them."""
         return {"global": self.rope} | ({} if self.local_rope is None else {"local": self.local_rope})
+
+    @property
+    def rope_head_dim(self) -> int:
+        """The values of a head that rotations are given."""
+        return self.head_dim if self.mla is None else self.mla.qk_rope_head_dim
 
     def layer_facts(self, layer: int) -> LayerFacts:
         """The static facts of one layer."""
@@ -272,6 +315,15 @@ class DecoderConfig:
     def block_kinds(self) -> tuple[MLPLayerType, ...]:
         """The kinds of blocks, in the order in which they first appear."""
         return tuple(dict.fromkeys(self.mlp_layer_types))
+
+
+def _check_mla(config: DecoderConfig, mla: MLAConfig) -> None:
+    for name, value in (("head_dim", mla.qk_head_dim), ("num_key_value_heads", config.num_attention_heads)):
+        if getattr(config, name) != value:
+            raise JaxftError(f"config field {name}", f"must be {value} with mla, not {getattr(config, name)}")
+    for name in ("qk_norm", "attention_sinks"):
+        if getattr(config, name):
+            raise JaxftError(f"config field {name}", "does not go with mla")
 
 
 def _check_rope(rope: RopeConfig, head_dim: int) -> None:

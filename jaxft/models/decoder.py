@@ -21,6 +21,7 @@ from jaxft.models.attention import Attention, KVCache, SequenceInfo
 from jaxft.models.config import DecoderConfig, LayerFacts, MLPLayerType
 from jaxft.models.labels import is_trainable
 from jaxft.models.layers import Embedding, Linear, Norm, at_layer, make_norm
+from jaxft.models.mla import LatentAttention
 from jaxft.models.mlp import MLP
 from jaxft.models.moe import Load, MoE
 from jaxft.models.remat import LAYER_INPUT, MID, LayerPolicy, rematerialise, spans
@@ -55,7 +56,8 @@ class Block(nnx.Module):
         for name in self.norms:
             if name is not None:
                 setattr(self, name, make_norm(config, config.hidden_size, stack=stack, dtype=dtype))
-        self.self_attn = Attention(config, stack=stack, dtype=dtype, rngs=rngs)
+        attention = Attention if config.mla is None else LatentAttention
+        self.self_attn = attention(config, stack=stack, dtype=dtype, rngs=rngs)
         self.mlp = (MoE if kind == "sparse" else MLP)(config, stack=stack, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -318,7 +320,7 @@ class Decoder(nnx.Module):
             lengths = segment_lengths(positions, segment_ids)
         else:
             lengths = lengths[:, None]
-        return {name: rope_tables(rope, self.config.head_dim, positions, lengths) for name, rope in ropes.items()}
+        return {name: rope_tables(rope, self.config.rope_head_dim, positions, lengths) for name, rope in ropes.items()}
 
     def _run_segment(
         self, segment: Segment, carry: tuple[jax.Array, Any], info: SequenceInfo, dropout_key: jax.Array | None

@@ -50,6 +50,11 @@ class LayerView:
         return weight.astype(dtype)
 
 
+def is_linear_weight(path: tuple[Any, ...]) -> bool:
+    """Whether a parameter is a linear's weight, by Hugging Face's names: q_proj, kv_a_proj_with_mqa."""
+    return path[-1] == "weight" and "_proj" in str(path[-2])
+
+
 def at_layer(frozen: nnx.State, layer: jax.Array) -> nnx.State:
     """One layer of a frozen stack of parameters: weights of linears as views, the small rest as slices."""
 
@@ -57,7 +62,7 @@ def at_layer(frozen: nnx.State, layer: jax.Array) -> nnx.State:
         value = variable.get_value()
         if isinstance(value, QTensor):
             return variable.replace(value.at_layer(layer))
-        if path[-1] == "weight" and str(path[-2]).endswith("_proj"):
+        if is_linear_weight(path):
             return variable.replace(LayerView(value, layer))
         return variable.replace(jax.lax.dynamic_index_in_dim(value, layer, keepdims=False))
 

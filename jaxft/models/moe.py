@@ -69,8 +69,9 @@ class Router(nnx.Module):
         experts = (*stack, self.moe.num_experts)
         self.weight = nnx.Param(normal(rngs, (*experts, config.hidden_size), dtype))
         self.bias = nnx.data(nnx.Param(jnp.zeros(experts, dtype)) if self.moe.router_bias else None)
+        # Rounding it would change which experts are chosen, so it is in float32 whatever the rest is.
         self.e_score_correction_bias = nnx.data(
-            nnx.Param(jnp.zeros(experts, dtype)) if self.moe.score_correction_bias else None
+            nnx.Param(jnp.zeros(experts, jnp.float32)) if self.moe.score_correction_bias else None
         )
 
     def __call__(self, x_MD: jax.Array, present_M: jax.Array | None) -> Routing:
@@ -103,7 +104,7 @@ class Router(nnx.Module):
         moe = self.moe
         scores_ME = jax.lax.stop_gradient(scores_ME)
         if self.e_score_correction_bias is not None:
-            scores_ME = scores_ME + self.e_score_correction_bias.get_value().astype(jnp.float32)[None, :]
+            scores_ME = scores_ME + self.e_score_correction_bias.get_value()[None, :]
         if moe.n_group == 1:
             return scores_ME
         grouped = scores_ME.reshape(-1, moe.n_group, moe.num_experts // moe.n_group)

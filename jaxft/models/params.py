@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig, MLPLayerType
 from jaxft.models.decoder import Decoder, abstract_decoder
-from jaxft.models.layers import Constant
+from jaxft.models.layers import Constant, is_linear_weight
 from jaxft.quant import QUANTIZATIONS, QTensor
 
 LAYERS, EXPERTS = "layers", "experts"
@@ -94,6 +94,7 @@ def build_decoder(
     *,
     dtype: DTypeLike,
     quantization: str | None = None,
+    expert_quantization: str | None = None,
 ) -> Decoder:
     """A Decoder from tensors under HF names, never holding more than the finished parameters and one tensor.
 
@@ -104,22 +105,26 @@ def build_decoder(
       config: the decoder's facts.
       read: called once for each name of `expected_tensors`; its array is cast to `dtype`. A weight that is quantized
         already comes as a QTensor and stays as it is.
-      dtype: of every parameter that is not quantized.
+      dtype: of every parameter that is not quantized, but for those that are always in float32.
       quantization: a name in `QUANTIZATIONS` for the weights of the layers' linears, quantized one layer at a time from
         the tensor as it was read; embedding, norms and head stay in `dtype`. None: nothing is quantized.
+      expert_quantization: the same for the experts' linears.
     """
     decoder = abstract_decoder(config, dtype)
-    quantize = QUANTIZATIONS[quantization].quantize if quantization else None
 
-    def load(name: str, quantized: bool) -> jax.Array | QTensor:
+    def load(name: str, quantization: str | None, dtype: DTypeLike) -> jax.Array | QTensor:
         value = read(name)
         if isinstance(value, QTensor):
             return value
-        return quantize(jnp.asarray(value)) if quantized and quantize else jnp.asarray(value, dtype)
+        if quantization:
+            return QUANTIZATIONS[quantization].quantize(jnp.asarray(value))
+        return jnp.asarray(value, dtype)
 
     for path, variable in sorted(parameters(decoder), key=lambda item: LAYERS not in item[0]):
         names = hf_names(path, config)
-        values = (load(name, is_quantizable(path)) for name in names)
+        of_linear = expert_quantization if EXPERTS in path else quantization
+        quantized = of_linear if LAYERS in path and is_linear_weight(path) else None
+        values = (load(name, quantized, variable.get_value().dtype) for name in names)
         shape = stack_shape(path, config)
         variable.set_value(_stack_one_by_one(names, values, shape) if shape else next(values))
     nnx.update(decoder, nnx.from_flat_state(parameters(decoder)))
@@ -154,8 +159,7 @@ def _set(stacked: Any, value: Any, index: jax.Array) -> Any:
 
 def is_quantizable(path: tuple[Any, ...]) -> bool:
     """Whether this parameter is the weight of a linear inside a layer, experts left out."""
-    linear = LAYERS in path and str(path[-2]).endswith("_proj") and path[-1] == "weight"
-    return linear and EXPERTS not in path
+    return LAYERS in path and is_linear_weight(path) and EXPERTS not in path
 
 
 class TensorView(NamedTuple):

@@ -65,6 +65,8 @@ def all_gradients(model: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         for parameter, of_model in zip(values.parameters(), model.parameters(), strict=True):
             parameter.copy_(of_model.grad)
+        for buffer in values.buffers():  # a checkpoint may hold some; they have no gradients
+            buffer.zero_()
         values.save_pretrained(folder)
         return {name: np.array(array) for name, array in load_file(Path(folder) / "model.safetensors").items()}
 
