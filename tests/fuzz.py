@@ -53,6 +53,7 @@ from tiny import make_tiny_hf
 SECONDS, BYTES = 5, 10**9
 # A forward pass of a config that no input had before is compiled first, which takes seconds on a busy machine.
 COMPILING_SECONDS = 30
+MEMORY = Path("/dev/shm")  # small files come and go faster there
 # Every so many inputs the forward pass is run, too, and everything is done with Orbax, which are slow.
 VERIFY_EVERY, ORBAX_EVERY = 25, 25
 CONFIG = {"vocab_size": 288, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
@@ -198,7 +199,10 @@ class TooSlowError(Exception):
 
 @contextlib.contextmanager
 def limits(seconds: float) -> Iterator[None]:
-    """Raises TooSlowError after `seconds`, also once what runs listens to no signal, and MemoryError after BYTES."""
+    """Raises TooSlowError after `seconds` and MemoryError after BYTES; ends the process where nothing listens to that.
+
+    The last is for code without Python: ten times the seconds of the processor.
+    """
 
     def stop(*_: Any) -> None:
         raise TooSlowError
@@ -208,14 +212,14 @@ def limits(seconds: float) -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_AS)
     handler = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
-    faulthandler.dump_traceback_later(10 * seconds, exit=True)
+    signal.setitimer(signal.ITIMER_PROF, 10 * seconds)
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGALRM, handler)
 
 
@@ -275,8 +279,9 @@ def fuzz(inputs: range, seed: int, show: Callable[[str], None] = lambda _: None)
     counts: Counter[str] = Counter()
     problems: list[str] = []
     quiet, console.quiet = console.quiet, True
+    faulthandler.register(signal.SIGPROF, chain=True)
     try:
-        with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.exists() else None) as name, warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)
             seeds = make_seeds(Path(name) / "seeds")
             work = Path(name) / "work"
@@ -290,6 +295,7 @@ def fuzz(inputs: range, seed: int, show: Callable[[str], None] = lambda _: None)
                         show(problem)
     finally:
         console.quiet = quiet
+        faulthandler.unregister(signal.SIGPROF)
     return counts, problems
 
 
