@@ -114,6 +114,7 @@ def _only(config: DecoderConfig, layer: int) -> DecoderConfig:
     n_layers = config.num_hidden_layers
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     by_layer = {name: (v[layer],) for name, v in values.items() if isinstance(v, tuple) and len(v) == n_layers}
+    by_layer["nope_layers"] = (0,) if layer in config.nope_layers else ()  # numbers of layers, not one entry a layer
     return dataclasses.replace(config, num_hidden_layers=1, **by_layer)
 
 
