@@ -56,7 +56,13 @@ COMPILING_SECONDS = 30
 MEMORY = Path("/dev/shm")  # small files come and go faster there
 # Every so many inputs the forward pass is run, too, and everything is done with Orbax, which are slow.
 VERIFY_EVERY, ORBAX_EVERY = 25, 25
-CONFIG = {"vocab_size": 288, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+CONFIG: dict[str, Any] = {
+    "vocab_size": 288,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "head_dim": 16,
+}
 
 NASTY: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2, 2**31, 2**63, 2**64 - 1, 10**30, -(10**30), 0.5, 1e308, math.nan, math.inf, "", "a",
@@ -308,7 +314,7 @@ def warm_up(seeds: dict[str, Path]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
