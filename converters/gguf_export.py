@@ -73,7 +73,7 @@ def write_gguf(
     """
     mix = check_quantization(quantization)
     spec = arch_of(checkpoint.config.get("model_type"), checkpoint.where)
-    arch = _architecture(spec, checkpoint.where)
+    arch = architecture_of(spec, checkpoint.where)
     config = check(checkpoint)
     tensors = _plan(checkpoint, spec, config, mix, importance)
     metadata = _metadata(checkpoint, arch, config, mix.file_type)
@@ -91,7 +91,8 @@ def check_quantization(name: str) -> Mix:
     return MIXES[name]
 
 
-def _architecture(spec: ArchSpec, where: object) -> GGUFArch:
+def architecture_of(spec: ArchSpec, where: object) -> GGUFArch:
+    """The family's facts in GGUF; raises JaxftError where GGUF does not have it."""
     if spec.gguf is None:
         raise JaxftError(f"{where}, field model_type", f"{spec.model_type!r} cannot be written as GGUF yet")
     return spec.gguf
@@ -105,7 +106,7 @@ def _plan(
     importance: tuple[Path, ImportanceMatrix] | None,
 ) -> list[_Tensor]:
     """What is written, in the checkpoint's order; a stored copy of a tied head or computed buffers are left out."""
-    arch, expected = _architecture(spec, checkpoint.where), spec.tensors(config).hf_shapes
+    arch, expected = architecture_of(spec, checkpoint.where), spec.tensors(config).hf_shapes
     shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name in expected}
     names = gguf_names(shapes, arch.name, config.num_hidden_layers)
     queries_per_key = config.num_attention_heads // config.num_key_value_heads

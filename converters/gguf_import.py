@@ -57,6 +57,10 @@ class GGUFCheckpoint:
         header = read_header(self._path)
         if header.metadata.get("split.count", 1) != 1:
             raise JaxftError(path, "is one part of a split model", "Join the parts with llama.cpp's gguf-split first")
+        if header.metadata.get("general.type") == "adapter":
+            raise JaxftError(
+                path, "is a LoRA adapter, not a model", "jaxft-convert from-gguf --base makes PEFT's of it"
+            )
         self._metadata = header.metadata
         self._spec, self._arch = _architecture(header.metadata, path)
         check_types(header.tensors, path)

@@ -49,6 +49,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       JaxftError: the file is missing or unreadable, is not JSON, or holds something else than an object.
     """
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise JaxftError(path, "is not a file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args
 
 import numpy as np
@@ -84,6 +85,7 @@ _FREE = frozenset(
 )
 # Ways to start from that leave the base weights alone; others (PiSSA, OLoRA, LoftQ ...) train against a changed base.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+_LARGEST_ALPHA = 1e30  # fits a float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,6 +281,9 @@ def _check_config(config: dict[str, Any], where: object) -> None:
 
 
 def _check_numbers(config: dict[str, Any], where: object) -> None:
+    for name, (is_right, words) in _KINDS.items():
+        if not is_right(_field(config, name)):
+            raise JaxftError(f"{where}, field {name}", f"must be {words}, not {config[name]!r}")
     if _field(config, "bias") not in get_args(Bias):
         raise JaxftError(f"{where}, field bias", f"must be one of {', '.join(get_args(Bias))}, not {config['bias']!r}")
     patterns = {name: _field(config, name) for name in ("rank_pattern", "alpha_pattern")}
@@ -286,14 +291,55 @@ def _check_numbers(config: dict[str, Any], where: object) -> None:
         if not isinstance(pattern, dict):
             raise JaxftError(f"{where}, field {name}", f"must be an object, not {pattern!r}")
     for name, rank in {"r": _field(config, "r"), **patterns["rank_pattern"]}.items():
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        if not _is_number(rank, int) or rank < 1:
             raise JaxftError(f"{where}, rank of {name}", f"must be a positive integer, not {rank!r}")
     dropout = _field(config, "lora_dropout")
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+    if not _is_number(dropout) or not 0 <= dropout < 1:
         raise JaxftError(f"{where}, field lora_dropout", f"must be a number in [0, 1), not {dropout!r}")
     for name, alpha in {"lora_alpha": _field(config, "lora_alpha"), **patterns["alpha_pattern"]}.items():
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-            raise JaxftError(f"{where}, alpha of {name}", f"must be a number, not {alpha!r}")
+        if not _is_number(alpha) or not -_LARGEST_ALPHA <= alpha <= _LARGEST_ALPHA:
+            raise JaxftError(f"{where}, alpha of {name}", f"must be a finite number, not {alpha!r}")
+    for pattern in (*patterns["rank_pattern"], *patterns["alpha_pattern"], *_expressions(config)):
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise JaxftError(where, f"{pattern!r} is not a regular expression ({error})") from error
+
+
+def _expressions(config: dict[str, Any]) -> list[str]:
+    """The fields that are one text, which peft takes for a regular expression."""
+    return [value for name in ("target_modules", "exclude_modules") if isinstance(value := _field(config, name), str)]
+
+
+def _is_number(value: Any, kinds: type | UnionType = int | float) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _are_names_or_expression(value: Any) -> bool:
+    return isinstance(value, str) or _are_names(value)
+
+
+def _are_layers(value: Any) -> bool:
+    return value is None or all(_is_number(layer, int) for layer in (value if isinstance(value, list) else [value]))
+
+
+def _is_switch(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "target_modules": (_are_names_or_expression, "a list of names, or one regular expression"),
+    "exclude_modules": (_are_names_or_expression, "a list of names, or one regular expression"),
+    "modules_to_save": (_are_names, "a list of names"),
+    "layers_to_transform": (_are_layers, "a number or a list of numbers"),
+    "use_rslora": (_is_switch, "true or false"),
+    "use_dora": (_is_switch, "true or false"),
+    "ensure_weight_tying": (_is_switch, "true or false"),
+}
 
 
 def _check_tensors(adapter: Adapter, where: object) -> None:

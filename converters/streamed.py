@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,10 @@ def _only(config: DecoderConfig, layer: int) -> DecoderConfig:
     """The config of one layer by itself: tuples with one entry a layer keep that layer's."""
     n_layers = config.num_hidden_layers
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    by_layer = {name: (v[layer],) for name, v in values.items() if isinstance(v, tuple) and len(v) == n_layers}
+    by_layer: dict[str, tuple[Any, ...]] = {
+        name: (v[layer],) for name, v in values.items() if isinstance(v, tuple) and len(v) == n_layers
+    }
+    by_layer["nope_layers"] = (0,) if layer in config.nope_layers else ()  # numbers of layers, not one entry a layer
     return dataclasses.replace(config, num_hidden_layers=1, **by_layer)
 
 

@@ -15,13 +15,20 @@ import numpy as np
 from rich.markup import escape
 
 from converters.checkpoint import Checkpoint, QuantizedCheckpoint
+from converters.gguf_adapter import is_gguf_adapter
 from converters.gguf_header import read_header, stored_bytes
 from converters.open import format_of, gguf_file, open_checkpoint, resolve
 from converters.peft_io import read_adapter
 from converters.safetensors_io import nbytes
 from jaxft.console import console, size, table, track, tree_bytes
 
-_NAMES = {"hf": "Hugging Face checkpoint", "orbax": "Orbax checkpoint", "gguf": "GGUF file", "peft": "PEFT adapter"}
+_NAMES = {
+    "hf": "Hugging Face checkpoint",
+    "orbax": "Orbax checkpoint",
+    "gguf": "GGUF file",
+    "gguf adapter": "GGUF adapter",
+    "peft": "PEFT adapter",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +58,9 @@ class Summary:
     """What a path holds.
 
     Attributes:
-      format: "hf", "orbax", "gguf" or "peft".
-      config: config.json or adapter_config.json; for GGUF, the HF config that its metadata amounts to.
+      format: "hf", "orbax", "gguf", "gguf adapter" or "peft".
+      config: config.json or adapter_config.json; for GGUF, the HF config that its metadata amounts to, or the metadata
+        of an adapter.
       tensors: under their names in the file.
     """
 
@@ -116,11 +124,19 @@ def summarize(name: Path | str, *, hashes: bool = False) -> Summary:
         adapter = read_adapter(path)
         tensors = [_summary(name, a.shape, a.dtype.name, [a], hashes) for name, a in adapter.tensors.items()]
         return Summary(path, found, adapter.config, tensors)
+    if found == "gguf" and is_gguf_adapter(gguf_file(path)):
+        return Summary(gguf_file(path), "gguf adapter", *_gguf_adapter(gguf_file(path), hashes))
     checkpoint = open_checkpoint(path)
     if found == "gguf":
         return Summary(gguf_file(path), found, checkpoint.config, _gguf_tensors(gguf_file(path), hashes))
     tensors = [_stored(checkpoint, name, hashes) for name in _tracked(list(checkpoint.tensors), hashes)]
     return Summary(path, found, checkpoint.config, tensors)
+
+
+def _gguf_adapter(path: Path, hashes: bool) -> tuple[dict[str, Any], list[TensorSummary]]:
+    """Numbers and texts among its metadata, and its tensors."""
+    metadata = {key: value for key, value in read_header(path).metadata.items() if isinstance(value, str | int | float)}
+    return metadata, _gguf_tensors(path, hashes)
 
 
 def _gguf_tensors(path: Path, hashes: bool) -> list[TensorSummary]:

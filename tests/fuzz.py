@@ -53,9 +53,16 @@ from tiny import make_tiny_hf
 SECONDS, BYTES = 5, 10**9
 # A forward pass of a config that no input had before is compiled first, which takes seconds on a busy machine.
 COMPILING_SECONDS = 30
+MEMORY = Path("/dev/shm")  # small files come and go faster there
 # Every so many inputs the forward pass is run, too, and everything is done with Orbax, which are slow.
 VERIFY_EVERY, ORBAX_EVERY = 25, 25
-CONFIG = {"vocab_size": 288, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+CONFIG: dict[str, Any] = {
+    "vocab_size": 288,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "head_dim": 16,
+}
 
 NASTY: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2, 2**31, 2**63, 2**64 - 1, 10**30, -(10**30), 0.5, 1e308, math.nan, math.inf, "", "a",
@@ -198,7 +205,10 @@ class TooSlowError(Exception):
 
 @contextlib.contextmanager
 def limits(seconds: float) -> Iterator[None]:
-    """Raises TooSlowError after `seconds`, also once what runs listens to no signal, and MemoryError after BYTES."""
+    """Raises TooSlowError after `seconds` and MemoryError after BYTES; ends the process where nothing listens to that.
+
+    The last is for code without Python: ten times the seconds of the processor.
+    """
 
     def stop(*_: Any) -> None:
         raise TooSlowError
@@ -208,14 +218,14 @@ def limits(seconds: float) -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_AS)
     handler = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
-    faulthandler.dump_traceback_later(10 * seconds, exit=True)
+    signal.setitimer(signal.ITIMER_PROF, 10 * seconds)
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGALRM, handler)
 
 
@@ -275,8 +285,9 @@ def fuzz(inputs: range, seed: int, show: Callable[[str], None] = lambda _: None)
     counts: Counter[str] = Counter()
     problems: list[str] = []
     quiet, console.quiet = console.quiet, True
+    faulthandler.register(signal.SIGPROF, chain=True)
     try:
-        with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.exists() else None) as name, warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)
             seeds = make_seeds(Path(name) / "seeds")
             work = Path(name) / "work"
@@ -290,6 +301,7 @@ def fuzz(inputs: range, seed: int, show: Callable[[str], None] = lambda _: None)
                         show(problem)
     finally:
         console.quiet = quiet
+        faulthandler.unregister(signal.SIGPROF)
     return counts, problems
 
 
@@ -302,7 +314,7 @@ def warm_up(seeds: dict[str, Path]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)

@@ -91,10 +91,17 @@ class LlamaModel:
     """An open model."""
 
     def __init__(self, llama: LlamaCpp, model: Any) -> None:
-        self._lib, self._ffi, self._model = llama.lib, llama.ffi, model
+        self._lib, self._ffi, self._model, self._messages = llama.lib, llama.ffi, model, llama.messages
         self._vocab = self._lib.llama_model_get_vocab(model)
         self.n_tokens: int = self._lib.llama_vocab_n_tokens(self._vocab)
         self.add_bos: bool = self._lib.llama_vocab_get_add_bos(self._vocab)
+        self._adapters: list[Any] = []
+
+    def add_adapter(self, path: Path) -> None:
+        """A LoRA adapter, from now on at scale 1; freed with the model."""
+        adapter = self._lib.llama_adapter_lora_init(self._model, str(path).encode())
+        assert adapter != self._ffi.NULL, self._messages
+        self._adapters.append(adapter)
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """The ids of a text; special tokens in it are recognised unless `parse_special` is off."""
@@ -129,6 +136,8 @@ class LlamaModel:
         parameters.n_threads = parameters.n_threads_batch = 2
         context = self._lib.llama_init_from_model(self._model, parameters)
         assert context != self._ffi.NULL
+        scales = [1.0] * len(self._adapters)
+        assert self._lib.llama_set_adapters_lora(context, self._adapters, len(scales), scales) == 0
         try:
             yield context
         finally:

@@ -135,7 +135,11 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "r": (0, "rank of r: must be a positive integer, not 0"),
     "rank_pattern": ({"q_proj": "x"}, "rank of q_proj: must be a positive integer, not 'x'"),
     "alpha_pattern": ([], "field alpha_pattern: must be an object"),
-    "lora_alpha": (None, "alpha of lora_alpha: must be a number, not None"),
+    "lora_alpha": (None, "alpha of lora_alpha: must be a finite number, not None"),
+    "modules_to_save": (2, "field modules_to_save: must be a list of names, not 2"),
+    "exclude_modules": ("(", "is not a regular expression"),
+    "layers_to_transform": (0.5, "field layers_to_transform: must be a number or a list of numbers, not 0.5"),
+    "use_rslora": ("yes", "field use_rslora: must be true or false, not 'yes'"),
 }
 
 

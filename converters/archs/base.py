@@ -197,14 +197,26 @@ class ArchSpec:
         reader = ConfigReader(config, where)
         try:
             result = self.read_config(reader)
+            hash(result)  # a list or an object where there should be one value
         except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
             # A string where a number should be, and the like: which field it is, only its value tells.
             raise JaxftError(
                 where, f"a field has a value of the wrong kind: {error}", "Fetch config.json again"
             ) from error
         reader.finish()
+        for part in (result, *result.ropes.values(), result.moe):
+            _check_kinds(part, where)
         return result
 
     def tensors(self, config: DecoderConfig) -> Layout:
         """Every tensor of an HF checkpoint and of the decoder of this config."""
         return layout_of(expected_tensors(config), self.layout)
+
+
+def _check_kinds(config: Any, where: object) -> None:
+    """Refuses what is no number, and no true or false, in a dataclass' fields that are one."""
+    kinds = {"float": (int, float), "float | None": (int, float, type(None)), "bool": bool}
+    for field in dataclasses.fields(config) if config is not None else ():
+        value, kind = getattr(config, field.name), kinds.get(str(field.type))
+        if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+            raise JaxftError(f"{where}, field {field.name}", f"has a value of the wrong kind: {value!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -58,36 +59,70 @@ class JaxToHf(Writes):
 
 @dataclasses.dataclass(frozen=True)
 class ToGguf(Writes):
-    """Any checkpoint to GGUF files for llama.cpp.
+    """Any checkpoint to GGUF files for llama.cpp; a PEFT adapter to one of llama.cpp's adapters.
 
     Attributes:
-      source: a Hugging Face or Orbax folder, a .gguf file, or a name on the Hugging Face hub.
+      source: a Hugging Face or Orbax folder, a .gguf file, a name on the Hugging Face hub, or the folder of an adapter.
       destination: the new file; where several types are asked for, the folder of the files model.TYPE.gguf.
       type: one or more of f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k, q3_k_s, q3_k_m, q3_k_l, q4_k_s, q4_k_m,
-        q5_k_s, q5_k_m, q6_k, iq4_nl, iq4_xs, mxfp4, tq1_0, tq2_0.
+        q5_k_s, q5_k_m, q6_k, iq4_nl, iq4_xs, mxfp4, tq1_0, tq2_0. Without it q8_0, and f32 of an adapter.
       imatrix: an importance matrix, as `imatrix` or llama.cpp writes it, which makes 2 to 5 bits more accurate.
+      base: the base model of an adapter; without it, what the adapter names as its base.
+      modelfile: write a Modelfile for Ollama beside each file.
     """
 
     source: Positional[str]
     destination: Positional[Path]
-    type: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--quantization"])] = ("q8_0",)
+    type: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--quantization"])] = ()
     imatrix: Path | None = None
+    base: str | None = None
+    modelfile: bool = False
 
     def run(self) -> None:
         """Converts."""
+        from converters.open import is_adapter
+
+        types = self.type or (("f32",) if is_adapter(self.source) else ("q8_0",))
+        targets = gguf_targets(self.destination, types, overwrite=self.overwrite)
+        if is_adapter(self.source):
+            self._adapter(targets)
+        else:
+            self._model(targets)
+
+    def _model(self, targets: Mapping[str, Path]) -> None:
         from converters.gguf_export import check_quantization, write_gguf
         from converters.imatrix import read_imatrix
         from converters.open import open_checkpoint
 
-        for name in self.type:
+        for name in targets:
             check_quantization(name)
-        targets = gguf_targets(self.destination, self.type, overwrite=self.overwrite)
+        if self.base is not None:
+            raise JaxftError("base", f"is for an adapter, and {self.source} is none")
         checkpoint = open_checkpoint(self.source)
         _warn_if_quantized(checkpoint)
         importance = None if self.imatrix is None else (self.imatrix, read_imatrix(self.imatrix))
         for name, target in targets.items():
             write_gguf(checkpoint, target, name, importance=importance, overwrite=self.overwrite)
-        self.report({target: f"GGUF, {name}" for name, target in targets.items()})
+        written = {target: f"GGUF, {name}" for name, target in targets.items()}
+        if self.modelfile:
+            from converters.modelfile import write_modelfile
+
+            files = [write_modelfile(checkpoint, target, overwrite=self.overwrite) for target in targets.values()]
+            written |= dict.fromkeys(files, "Modelfile for Ollama")
+        self.report(written)
+
+    def _adapter(self, targets: Mapping[str, Path]) -> None:
+        from converters.gguf_adapter import write_gguf_adapter
+        from converters.open import base_of, open_checkpoint
+        from converters.peft_io import read_adapter
+
+        if self.imatrix is not None:
+            raise JaxftError("imatrix", f"is for a model, and {self.source} is an adapter")
+        adapter = read_adapter(self.source)
+        base = open_checkpoint(self.base or base_of(adapter.config, self.source))
+        for name, target in targets.items():
+            write_gguf_adapter(adapter, base, target, name, overwrite=self.overwrite)
+        self.report({target: f"llama.cpp's adapter, {name}" for name, target in targets.items()}, base=base.where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,22 +197,35 @@ class Imatrix(Writes):
 
 @dataclasses.dataclass(frozen=True)
 class FromGguf(Writes):
-    """A GGUF file to Hugging Face safetensors or an Orbax checkpoint; quantized tensors become float32.
+    """A GGUF file to Hugging Face safetensors or an Orbax checkpoint, quantized tensors to float32; one of llama.cpp's
+    adapters to PEFT's.
 
     Attributes:
       source: the .gguf file.
       destination: the new folder.
       to: hf for Hugging Face, jax for Orbax.
+      base: the base model of an adapter.
     """
 
     source: Positional[Path]
     destination: Positional[Path]
     to: Literal["hf", "jax"] = "hf"
+    base: str | None = None
 
     def run(self) -> None:
         """Converts."""
+        from converters.gguf_adapter import is_gguf_adapter, read_gguf_adapter
         from converters.gguf_import import GGUFCheckpoint
+        from converters.open import open_checkpoint
+        from converters.peft_io import write_adapter
 
+        if is_gguf_adapter(self.source):
+            if self.base is None:
+                raise JaxftError(self.source, "is an adapter, and its base model is not named", "Add --base")
+            adapter = read_gguf_adapter(self.source, open_checkpoint(self.base), self.base)
+            write_adapter(adapter, self.destination, overwrite=self.overwrite)
+            self.report({self.destination: "PEFT adapter"}, base=self.base)
+            return
         sink = {"hf": _to_hf, "jax": _to_jax}[self.to]
         self.report(sink(GGUFCheckpoint(self.source), self.destination, self.overwrite))
 

@@ -8,6 +8,7 @@ kind, and L counts its layers. Stacking happens in `stack`, unstacking in `unsta
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -75,17 +76,21 @@ def unstack(value: Any, axes: int) -> list[Any]:
 def expected_tensors(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """HF name -> shape of every tensor that a checkpoint of this config must hold, in the model's order."""
     found: dict[str, tuple[int, ...]] = {}
-    for path, variable in parameters(abstract_decoder(config, jnp.float32)):
-        shape: tuple[int, ...] = variable.get_value().shape[len(stack_shape(path, config)) :]
+    for path, shape in _shapes(config):
         for name in hf_names(path, config):
-            found[name] = shape
+            found[name] = shape[len(stack_shape(path, config)) :]
     return found
 
 
 def quantizable_tensors(config: DecoderConfig) -> list[str]:
     """HF names of the weights of the layers' linears, which quantization applies to."""
-    paths = [path for path, _ in parameters(abstract_decoder(config, jnp.float32)) if is_quantizable(path)]
-    return [name for path in paths for name in hf_names(path, config)]
+    return [name for path, _ in _shapes(config) if is_quantizable(path) for name in hf_names(path, config)]
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(config: DecoderConfig) -> tuple[tuple[tuple[Any, ...], tuple[int, ...]], ...]:
+    """(path, shape) of every parameter. Tracing a decoder takes 50 ms, and a conversion asks more than once."""
+    return tuple((path, v.get_value().shape) for path, v in parameters(abstract_decoder(config, jnp.float32)))
 
 
 def build_decoder(
