@@ -369,6 +369,12 @@ def random_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.lax.map(lambda one: (0.02 * jax.random.normal(one, shape[1:])).astype(jnp.bfloat16), keys)
 
 
+def random_bytes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """uint8, layer by layer: JAX draws 32 bits for each byte, and peak memory is to be the step's."""
+    keys = jax.random.split(key, shape[0])
+    return jax.lax.map(lambda one: jax.random.bits(one, shape[1:], jnp.uint8), keys)
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def random_nf4(key: jax.Array, shape: tuple[int, int, int]) -> NF4Tensor:
     """A stack of NF4 weights whose values have a standard deviation of about 0.02."""
@@ -377,8 +383,8 @@ def random_nf4(key: jax.Array, shape: tuple[int, int, int]) -> NF4Tensor:
     nested = -(-blocks // nf4.NESTED_BLOCK_SIZE)
     codes_key, absmax_key = jax.random.split(key)
     return NF4Tensor(
-        jax.random.bits(codes_key, (layers, rows, columns // 2), jnp.uint8),
-        jax.random.bits(absmax_key, (layers, blocks), jnp.uint8),
+        random_bytes(codes_key, (layers, rows, columns // 2)),
+        random_bytes(absmax_key, (layers, blocks)),
         jnp.full((layers, nested), 0.01, jnp.float32),
         jnp.full((layers,), 0.04, jnp.float32),
         jnp.broadcast_to(jnp.asarray(nf4.QUANT_MAP), (layers, 16)),
@@ -392,7 +398,7 @@ def random_mxfp4(key: jax.Array, shape: tuple[int, int, int, int]) -> MXFP4Tenso
     """A stack of experts' MXFP4 weights whose values have a standard deviation of about 0.02."""
     *stack, rows, columns = shape
     return MXFP4Tensor(
-        jax.random.bits(key, (*stack, rows, columns // 2), jnp.uint8),
+        random_bytes(key, (*stack, rows, columns // 2)),
         jnp.full((*stack, rows, columns // 32), 120, jnp.uint8),
         shape=(rows, columns),
     )

@@ -20,6 +20,9 @@ Optimizer = Literal[
     "adamw",
     "adamw_8bit",
     "adamw_bnb_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw",
+    "paged_adamw_32bit",
     "lion",
     "lion_32bit",
     "adafactor",
@@ -27,6 +30,7 @@ Optimizer = Literal[
 ]
 
 MIN_8BIT_SIZE = 4096  # values; bitsandbytes' min_8bit_size
+MIN_PAGED_BYTES = 2**16  # smaller leaves of a paged state stay on the device
 
 
 def schedule(kind: Scheduler | str, learning_rate: float, *, total_steps: int, warmup_steps: int) -> optax.Schedule:
@@ -205,12 +209,57 @@ def _step(
     return -learning_rate * mean / (jnp.sqrt(mean_square) + eps), Moments(m, v)
 
 
+def paged(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` with its state in pinned host memory: it is on the device for the time of an update only.
+
+    The same updates, bit for bit. Leaves under 64 KiB stay on the device. `update` returns the state to the memory space
+    in which it was given, so a caller that works on it further fetches it first and puts it back last, as the train step
+    does. Memory plans count the state as if it were on the device.
+    """
+
+    def init(params: optax.Params) -> optax.OptState:
+        return jax.tree.map(_to_host, tx.init(params))
+
+    def update(
+        gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, new = tx.update(gradients, fetched(state), params)
+        return updates, put_back(new, state)
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _to_host(leaf: jax.Array) -> jax.Array:
+    return leaf if leaf.nbytes < MIN_PAGED_BYTES else jax.device_put(leaf, jax.memory.Space.Host)
+
+
+def fetched(state: optax.OptState) -> optax.OptState:
+    """An optimizer's state with its leaves in host memory copied to the device; of use inside of jit."""
+    return jax.tree.map(lambda leaf: _move(leaf, jax.memory.Space.Device), state)
+
+
+def put_back(state: optax.OptState, like: optax.OptState) -> optax.OptState:
+    """`state` with each leaf in the memory space of the leaf of `like`."""
+    return jax.tree.map(lambda leaf, old: _move(leaf, jax.typeof(old).memory_space), state, like)
+
+
+def _move(leaf: jax.Array, space: Any) -> jax.Array:
+    return leaf if jax.typeof(leaf).memory_space == space else jax.device_put(leaf, space)
+
+
+def _paged(make: Callable[..., optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
+    return lambda *arguments, **settings: paged(make(*arguments, **settings))
+
+
 _OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw_torch": adamw,
     "adamw_torch_fused": adamw,
     "adamw": adamw,
     "adamw_8bit": adamw_8bit,
     "adamw_bnb_8bit": adamw_8bit,
+    "paged_adamw_8bit": _paged(adamw_8bit),
+    "paged_adamw": _paged(adamw),
+    "paged_adamw_32bit": _paged(adamw),
     "lion": lion,
     "lion_32bit": lion,
     "adafactor": adafactor,

@@ -73,8 +73,9 @@ def reference_is_fastest(platform: str, *args: Any, **kwargs: Any) -> tuple[Choi
 class Op:
     """An operation, its implementations and its proof.
 
-    Gradients are in reverse mode. Kernels have their analytic gradient as a `jax.custom_vjp`, so JAX refuses `jax.jvp`,
-    and the map that `jax.linearize` returns, with a TypeError that says so; an op cannot see it before JAX does.
+    Gradients are in reverse mode. Kernels have their analytic gradient as a `jax.custom_vjp`, so `jax.jvp` of them is
+    refused with a TypeError that names the op; inside of `jax.jit`, and in the map that `jax.linearize` returns, the
+    TypeError is JAX's own.
 
     Attributes:
       name: the public function's name.
@@ -124,7 +125,16 @@ class Op:
 
     def __call__(self, *args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
         choice = self.choose(*args, implementation=implementation, **kwargs)
-        return self.implementations[choice.implementation].function(*args, **kwargs)
+        try:
+            return self.implementations[choice.implementation].function(*args, **kwargs)
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            other = "" if choice.implementation == REFERENCE else f", or take implementation={REFERENCE!r}"
+            raise TypeError(
+                f"{self.name}: implementation {choice.implementation!r} has reverse mode only, no jax.jvp. "
+                f"Use jax.vjp or jax.grad{other}"
+            ) from error
 
     def tolerance(self, case: Case, dtype: Any) -> float:
         """Allowed error, relative to the largest value: storage roundings plus a float32 sum's sqrt(n) growth."""

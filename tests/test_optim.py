@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from jaxft.errors import JaxftError
-from jaxft.optim import Moments, Optimizer, Scheduler, adamw, adamw_8bit, optimizer, schedule
+from jaxft.optim import MIN_PAGED_BYTES, Moments, Optimizer, Scheduler, adamw, adamw_8bit, optimizer, schedule
 from pallas_kernels import adamw_8bit as quantized
 
 
@@ -203,6 +203,17 @@ def test_adamw_8bit_converges_as_adamw_does():
     exact, quantized_moments = final(adamw(rate)), final(adamw_8bit(rate))
     assert exact < 1e-3
     assert quantized_moments < 2e-3
+
+
+def test_a_paged_state_is_in_host_memory_between_steps():
+    """Large leaves only; the updates are the same bit for bit."""
+    parameter, *gradients = randoms(3, 128, 128)
+    assert parameter.nbytes >= MIN_PAGED_BYTES
+    want, _ = steps(optimizer("adamw", 1e-2), parameter, gradients)
+    got, state = steps(optimizer("paged_adamw", 1e-2), parameter, gradients)
+    np.testing.assert_array_equal(got, want)
+    places = {leaf.shape: leaf.sharding.memory_kind for leaf in jax.tree.leaves(state)}
+    assert places == {(128, 128): "pinned_host", (): jax.devices()[0].default_memory().kind}
 
 
 @pytest.mark.parametrize("name", get_args(Optimizer))

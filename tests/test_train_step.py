@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxft import lora, losses
+from jaxft import lora, losses, optim
 from jaxft.data.batch import Batch
 from jaxft.models import labels
 from jaxft.train.step import make_train_step
@@ -98,6 +98,23 @@ def test_a_second_step_compiles_nothing_and_donates():
     # Negative control: another shape does compile.
     step(trainable, frozen, opt_state, batch_of(random_examples([9]), [[0]], 16))
     assert step._cache_size() == 2
+
+
+@pytest.mark.slow
+def test_a_paged_state_changes_nothing():
+    results = []
+    batch = batch_of(DOCUMENTS, [[i] for i in range(8)], 16)
+    for name in ("adamw", "paged_adamw"):
+        tx = optim.optimizer(name, 1e-2)
+        decoder = with_adapter(decoder_of(), rank=128)  # large enough to be paged
+        graphdef, trainable, frozen = labels.split(decoder)
+        step, opt_state = make_train_step(graphdef, losses.sft, tx), tx.init(trainable)
+        for _ in range(2):
+            trainable, opt_state, metrics = step(trainable, frozen, opt_state, batch)
+        results.append((trainable, metrics))
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(opt_state)}
+        assert ("pinned_host" in kinds) == (name == "paged_adamw")
+    jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def naive_sft(decoder, batch):

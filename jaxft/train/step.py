@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from jaxft import optim
 from jaxft.losses import LossOutput
 from jaxft.models.decoder import Decoder
 from jaxft.models.remat import offloads, prefetches
@@ -74,16 +75,19 @@ def make_train_step(
             (grads, sums), _ = jax.lax.scan(accumulate, zeros, batch)
         weight = jnp.maximum(sums["weight"], _TINY)
         grads = jax.tree.map(lambda g: (g / weight.astype(g.dtype)).astype(g.dtype), grads)
-        # optax mixes its int32 step count with floats: leave that to it, also where the caller promotes strictly.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, new_state = tx.update(grads, opt_state, trainable)
-            new = (optax.apply_updates(trainable, updates), new_state)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
-        trainable, opt_state = jax.tree.map(partial(jnp.where, finite), new, (trainable, opt_state))
+        # What is kept for a step that is not finite is copied now, and not while the layers need the memory.
+        grads, trainable, opt_state, finite = jax.lax.optimization_barrier((grads, trainable, opt_state, finite))
+        # optax mixes its int32 step count with floats: leave that to it, also where the caller promotes strictly.
+        with jax.numpy_dtype_promotion("standard"):
+            on_device = optim.fetched(opt_state)  # where the optimizer is a paged one
+            updates, new_state = tx.update(grads, on_device, trainable)
+            new = (optax.apply_updates(trainable, updates), new_state)
+        trainable, new_state = jax.tree.map(partial(jnp.where, finite), new, (trainable, on_device))
         reported = {name: _quotient(*x) if isinstance(x, tuple) else x for name, x in sums.items()}
         metrics = {**reported, "loss": sums["loss"] / weight, "grad_norm": grad_norm, "finite": finite}
-        return trainable, opt_state, metrics
+        return trainable, optim.put_back(new_state, opt_state), metrics
 
     return jax.jit(step, donate_argnums=(0, 2), compiler_options=_compiler_options(remat))
 
