@@ -358,6 +358,8 @@ def _adamw_8bit_kernel(*refs, rows: int, partial: bool) -> None:
 def _pallas_refuses(platform: str, parameter: jax.Array, *args: Any, **kwargs: Any) -> str | None:
     if parameter.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"it updates parameters in float32, bfloat16 or float16, not {parameter.dtype}"
+    if parameter.size >= 2**31:  # Pallas computes offsets into arrays of up to 2^32 bytes, as the codes are, in int32
+        return f"it updates fewer than 2^31 parameters at once, not {parameter.size:,}"
     return backend.refuses_platform(platform)
 
 

@@ -93,8 +93,7 @@ def adamw_8bit() -> Large:
 
     def run(parameter: jax.Array, gradient: jax.Array, **moments: jax.Array) -> Any:
         old = pk.adamw_8bit.State(**moments)
-        settings = {"step": 1, "learning_rate": 0.1, "implementation": "pallas"}
-        return pk.adamw_8bit.update(parameter, gradient, old, **settings)
+        return pk.adamw_8bit.update(parameter, gradient, old, step=1, learning_rate=0.1)
 
     return Large(run, arguments, tuple(arguments))
 
@@ -182,3 +181,11 @@ def test_the_last_layer_of_a_stack_of_codes_is_right() -> None:
     absmax = jnp.ones((layers, rows * WIDTH // 64), jnp.float32)
     got = pk.nf4.dequantize(codes, absmax, dtype=jnp.bfloat16, layer=layers - 1)
     np.testing.assert_array_equal(got, pk.nf4.dequantize(one, absmax[0], dtype=jnp.bfloat16, implementation="xla"))
+
+
+def test_the_8_bit_update_of_so_many_parameters_is_not_the_kernels() -> None:
+    """Its codes are bytes, with offsets of 32 bits up to 2^32 of them."""
+    shape = jax.ShapeDtypeStruct((PERIOD * COPIES, WIDTH), jnp.bfloat16)
+    reason = pk.OPS["adamw_8bit"].refuses("pallas", shape)
+    assert reason is not None
+    assert "fewer than 2^31" in reason
