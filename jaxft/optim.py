@@ -212,9 +212,9 @@ def _step(
 def paged(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """`tx` with its state in pinned host memory: it is on the device for the time of an update only.
 
-    The same updates, bit for bit. Leaves under 64 KiB stay on the device. `update` returns the state to the memory space
-    in which it was given, so a caller that works on it further fetches it first and puts it back last, as the train step
-    does. Memory plans count the state as if it were on the device.
+    The same updates, bit for bit. Leaves under 64 KiB stay on the device. `update` returns the state to the memory
+    space in which it was given, so a caller that works on it further fetches it first and puts it back last, as the
+    train step does. Memory plans count the state as if it were on the device.
     """
 
     def init(params: optax.Params) -> optax.OptState:
