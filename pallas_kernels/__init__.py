@@ -10,6 +10,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.lora_linear import LoraWeights, lora_linear, lora_qkv
 from pallas_kernels.lora_mlp import lora_mlp
+from pallas_kernels.nf4_linears import nf4_linears
 from pallas_kernels.nf4_matmul import nf4_matmul
 from pallas_kernels.op import OPS, Case, Choice, Explanation, Implementation, ImplementationError, Op, explain
 from pallas_kernels.rms_norm import add_rms_norm, rms_norm
@@ -38,6 +39,7 @@ __all__ = [
     "lora_mlp",
     "lora_qkv",
     "nf4",
+    "nf4_linears",
     "nf4_matmul",
     "rms_norm",
     "rope",

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import nf4
+from pallas_kernels import nf4, nf4_linears
 from pallas_kernels.nf4_matmul import MAX_TOKENS, nf4_matmul
 from pallas_kernels.op import Case, Implementation, Op, normal, register
 from pallas_kernels.precision import einsum_float32, einsum_rounded
@@ -373,7 +373,9 @@ def trained(linears: Sequence[LoraWeights]) -> tuple[bool, ...]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linears(dropout: float, x: jax.Array, linears: tuple[LoraWeights, ...]) -> tuple[jax.Array, ...]:
     """Linears that share x [T, in]."""
-    return _forward(dropout, x, linears, packed=True)[0]
+    if nf4_linears.takes(x, linears):
+        return nf4_linears.nf4_linears(x, linears)
+    return _forward(dropout, x, nf4_linears.plain(linears), packed=True)[0]
 
 
 def _forward(

@@ -31,6 +31,14 @@ class LayerView:
     stack: jax.Array
     layer: jax.Array
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stack.shape[1:]
+
+    @property
+    def dtype(self) -> Any:
+        return self.stack.dtype
+
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
         """The layer's weight [out, in] in `dtype`."""
         return jax.lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False).astype(dtype)
