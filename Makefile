@@ -1,5 +1,8 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer; everything is installed into .venv, once.
 
+# Processes that run tests side by side; each may take 3 GB of memory.
+WORKERS ?= 2
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-slow check bench venv
@@ -17,7 +20,7 @@ demo: $(VENV)/.demo ## Fine-tune a small real model, show what it learned, write
 	$(VENV)/bin/jaxft demo
 
 test: $(VENV)/.test ## The tests that need no GPU and no torch
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest --numprocesses=$(WORKERS) --dist=loadfile
 
 test-slow: $(VENV)/.dev ## The slow tests: whole registries; torch, PEFT, bitsandbytes and llama.cpp as references
 	$(VENV)/bin/pytest -m slow

@@ -24,14 +24,14 @@ import numpy as np
 from flax import nnx
 
 from jaxft import console, lora, losses, optim
-from jaxft.data.batch import Batch
+from jaxft.data.batch import Batch, PolicyBatch
 from jaxft.models import labels, remat
 from jaxft.models.config import DecoderConfig, RopeConfig
 from jaxft.models.decoder import Decoder, abstract_decoder
 from jaxft.models.params import is_quantizable, parameters
 from jaxft.quant.nf4 import NF4Tensor
 from jaxft.train import auto_remat
-from jaxft.train.step import make_train_step
+from jaxft.train.step import LossFunction, make_train_step
 from pallas_kernels import nf4
 from pallas_kernels.timing import busy, device_events
 
@@ -77,22 +77,30 @@ MODELS = {
 }
 
 
+LOSSES: dict[str, LossFunction] = {
+    "sft": losses.sft,
+    "policy": functools.partial(losses.policy, settings=losses.PolicyLoss()),
+    "policy_kl": functools.partial(losses.policy, settings=losses.PolicyLoss(beta=0.04)),
+}
+
+
 class Prepared(NamedTuple):
     """A compiled train step and what it takes."""
 
     step: Any
     state: list[Any]  # what trains and the optimizer's state; donated, so the next step takes what this one returns
     frozen: Any
-    batch: Batch
+    batch: Batch | PolicyBatch
 
 
 def main() -> None:
     arguments = parse_arguments()
     rows, length = map(int, arguments.shape.split("x"))
-    settings = {name: getattr(arguments, name) for name in ("model", "quant", "remat", "lora_dtype", "optim")}
+    names = ("model", "quant", "remat", "lora_dtype", "optim", "loss", "accumulation")
+    settings = {name: getattr(arguments, name) for name in names}
     record: dict[str, Any] = {"kind": "train", "job": "jaxft", **settings, "batch": rows, "seq": length}
     prepared = prepare(arguments, rows, length, record)
-    measure(prepared, arguments, rows * length, record)
+    measure(prepared, arguments, arguments.accumulation * rows * length, record)
     record |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
     print(json.dumps(record), flush=True)
     if arguments.out:
@@ -114,13 +122,16 @@ def prepare(arguments: argparse.Namespace, rows: int, length: int, record: dict[
     jax.block_until_ready((trainable, frozen))
     record |= {"load_s": round(time.perf_counter() - start, 1), "after_load_gib": memory("bytes_in_use")}
     tx = optim.optimizer(arguments.optim, 1e-3)
-    opt_state, batch = tx.init(trainable), random_batch(config, rows, length)
+    batch = random_batch(config, rows, length, arguments.accumulation)
+    if arguments.loss != "sft":
+        batch = policy_batch(batch)
+    opt_state = tx.init(trainable)
     start = time.perf_counter()
     inputs = (trainable, frozen, opt_state, batch)
     if arguments.remat == remat.AUTO:
-        step = choose(decoder, tx, inputs, rows, length, arguments.budget_gib, record)
+        step = choose(decoder, tx, inputs, rows, length, arguments, record)
     else:
-        step = compiled(decoder, tx, inputs, arguments.remat)
+        step = compiled(decoder, tx, inputs, LOSSES[arguments.loss], arguments.remat)
     analysis = step.memory_analysis()
     record |= {
         "compile_s": round(time.perf_counter() - start, 1),
@@ -130,21 +141,28 @@ def prepare(arguments: argparse.Namespace, rows: int, length: int, record: dict[
     return Prepared(step, [trainable, opt_state], frozen, batch)
 
 
-def compiled(decoder: Decoder, tx: Any, inputs: Any, policy: str) -> Any:
+def compiled(decoder: Decoder, tx: Any, inputs: Any, loss: LossFunction, policy: str) -> Any:
     """The step of one policy."""
     decoder.remat = policy
-    step: Any = make_train_step(labels.split(decoder)[0], losses.sft, tx, remat=policy)
+    step: Any = make_train_step(labels.split(decoder)[0], loss, tx, remat=policy)
     return step.lower(*inputs).compile()
 
 
 def choose(
-    decoder: Decoder, tx: Any, inputs: Any, rows: int, length: int, budget_gib: float | None, record: dict[str, Any]
+    decoder: Decoder,
+    tx: Any,
+    inputs: Any,
+    rows: int,
+    length: int,
+    arguments: argparse.Namespace,
+    record: dict[str, Any],
 ) -> Any:
     """The step of the fastest policy that fits; the choice goes into the record."""
+    budget_gib = arguments.budget_gib
     budget = auto_remat.device_budget() if budget_gib is None else int(budget_gib * GIB)
     if budget is None:
         raise SystemExit("--remat auto needs --budget-gib on a CPU")
-    compile_step = functools.partial(compiled, decoder, tx, inputs)
+    compile_step = functools.partial(compiled, decoder, tx, inputs, LOSSES[arguments.loss])
     decision = auto_remat.choose(decoder, tx, compile_step, rows=rows, length=length, budget=budget)
     console.console.print(decision.table)
     record |= {"remat": decision.policy, "budget_gib": budget / GIB, "auto": True}
@@ -184,6 +202,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget-gib", type=float, help="of --remat auto; what the device has if not given")
     parser.add_argument("--lora-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--optim", choices=("adamw", "adamw_8bit"), default="adamw_8bit")
+    parser.add_argument("--loss", choices=LOSSES, default="sft", help="policy: GRPO's; _kl: with its reference pass")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of --shape in a step")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N most expensive kernels")
@@ -239,13 +259,22 @@ def random_nf4(key: jax.Array, shape: tuple[int, int, int]) -> NF4Tensor:
     )
 
 
-def random_batch(config: DecoderConfig, rows: int, length: int) -> Batch:
-    """One micro-batch of rows that are one document each."""
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, rows, length + 1)).astype(np.int32)
-    shape = (1, rows, length)
+def random_batch(config: DecoderConfig, rows: int, length: int, accumulation: int = 1) -> Batch:
+    """Micro-batches of rows that are one document each."""
+    shape = (accumulation, rows, length)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (*shape[:2], length + 1)).astype(np.int32)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
     arrays = (tokens[..., :-1], tokens[..., 1:], np.ones(shape, np.float32), None, positions)
     return Batch(*(None if array is None else jnp.asarray(array) for array in arrays))
+
+
+def policy_batch(text: Batch) -> PolicyBatch:
+    """The rows as sampled completions: advantages of both signs, log-probabilities from the rollout near chance."""
+    shape = text.tokens.shape
+    rng = np.random.default_rng(1)
+    advantages = rng.standard_normal((*shape[:2], 1)).astype(np.float32)
+    old_log_probs = rng.normal(-12.0, 0.1, shape).astype(np.float32)
+    return PolicyBatch(text, *map(jnp.asarray, (np.ones_like(advantages), advantages, old_log_probs)))
 
 
 def print_profile(prepared: Prepared, top: int, steps: int = 3) -> None:

@@ -87,6 +87,11 @@ class BnbCheckpoint:
         """The folder's path."""
         return self._stored.where
 
+    @property
+    def quantization(self) -> str:
+        """For `converters.checkpoint.quantization_of`."""
+        return "bitsandbytes NF4"
+
     def quantized(self, name: str) -> NF4Tensor | None:
         """The weight of that name as it is stored, or None where it is not quantized."""
         if name not in self._states:

@@ -69,6 +69,14 @@ class QuantizedCheckpoint(Checkpoint, Protocol):
         ...
 
 
+def quantization_of(checkpoint: Checkpoint) -> str | None:
+    """What reading undoes, in words ("GGUF Q4_K, Q6_K"); None where every tensor is read as it is stored.
+
+    Formats that quantize say so in an attribute `quantization`.
+    """
+    return getattr(checkpoint, "quantization", None)
+
+
 def stream(checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (HF name, array) one tensor at a time."""
     for name in checkpoint.tensors:

@@ -20,9 +20,10 @@ from converters.archs.base import GGUFArch
 from converters.archs.gguf_rope import FREQUENCIES, rope_divisors
 from converters.checkpoint import Checkpoint
 from converters.gguf_mixes import MIXES, Choice, Mix, ModelFacts, choose_types
-from converters.gguf_quants import QUANTIZABLE, quantize
+from converters.gguf_quants import QUANTIZABLE, WEIGHTED, quantize
 from converters.gguf_tensors import gguf_names
 from converters.gguf_tokenizer import tokenizer_metadata
+from converters.imatrix import ImportanceMatrix
 from converters.load import check
 from jaxft.console import track, warn
 from jaxft.errors import JaxftError
@@ -38,6 +39,7 @@ class _Tensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType
+    importance: np.ndarray | None
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +47,14 @@ class _Tensor(NamedTuple):
         return math.prod(self.shape) // block * block_bytes
 
 
-def write_gguf(checkpoint: Checkpoint, path: Path | str, quantization: str, *, overwrite: bool = False) -> Path:
+def write_gguf(
+    checkpoint: Checkpoint,
+    path: Path | str,
+    quantization: str,
+    *,
+    importance: tuple[Path, ImportanceMatrix] | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Writes `checkpoint` to the GGUF file `path` and returns it; nothing is left there if it fails.
 
     Vectors and norms are stored as float32. Values that the type holds are stored exactly: float32, float16 and
@@ -66,8 +75,10 @@ def write_gguf(checkpoint: Checkpoint, path: Path | str, quantization: str, *, o
     mix = check_quantization(quantization)
     arch = _architecture(checkpoint)
     config = check(checkpoint)
-    tensors = _plan(checkpoint, arch, config, mix)
+    tensors = _plan(checkpoint, arch, config, mix, importance)
     metadata = _metadata(checkpoint, arch, config, mix.file_type)
+    if importance is not None:
+        metadata |= importance[1].metadata(importance[0])
     try:
         with new_file(path, overwrite=overwrite) as temporary:
             _write(checkpoint, arch, temporary, tensors, metadata, _extra_tensors(config))
@@ -90,15 +101,35 @@ def _architecture(checkpoint: Checkpoint) -> GGUFArch:
     return spec.gguf
 
 
-def _plan(checkpoint: Checkpoint, arch: GGUFArch, config: DecoderConfig, mix: Mix) -> list[_Tensor]:
+def _plan(
+    checkpoint: Checkpoint,
+    arch: GGUFArch,
+    config: DecoderConfig,
+    mix: Mix,
+    importance: tuple[Path, ImportanceMatrix] | None,
+) -> list[_Tensor]:
     """What is written, in the checkpoint's order; a stored copy of a tied head or computed buffers are left out."""
     expected = expected_tensors(config)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name in expected}
     names = gguf_names(shapes, arch.name, config.num_hidden_layers)
-    facts = ModelFacts(config.num_hidden_layers, config.num_attention_heads // config.num_key_value_heads)
+    queries_per_key = config.num_attention_heads // config.num_key_value_heads
+    facts = ModelFacts(config.num_hidden_layers, queries_per_key, importance is not None)
     choices = choose_types(mix, {names[hf]: shape for hf, shape in shapes.items()}, facts)
     _warn_of_other_types(mix, choices.values())
-    return [_Tensor(hf, names[hf], shape, choices[names[hf]].type) for hf, shape in shapes.items()]
+    tensors = []
+    for hf, shape in shapes.items():
+        known = None if importance is None else importance[1].of(names[hf], shape, importance[0])
+        tensors.append(_Tensor(hf, names[hf], shape, choices[names[hf]].type, known))
+    if importance is not None:
+        _warn_of_unknown(tensors, importance[0])
+    return tensors
+
+
+def _warn_of_unknown(tensors: list[_Tensor], where: Path) -> None:
+    """Embedding and head aside, which llama.cpp's matrices leave out as well."""
+    unknown = [t.name for t in tensors if t.type in WEIGHTED and t.importance is None and t.name.startswith("blk.")]
+    if unknown:
+        warn(f"{where} says nothing about {', '.join(unknown)}; they are quantized without")
 
 
 def _warn_of_other_types(mix: Mix, choices: Collection[Choice]) -> None:
@@ -184,7 +215,7 @@ def _encode(array: np.ndarray, tensor: _Tensor, where: object) -> np.ndarray:
         return np.ascontiguousarray(array.astype(ml_dtypes.bfloat16))
     try:
         if tensor.type in QUANTIZABLE:
-            return quantize(array, tensor.type)
+            return quantize(array, tensor.type, tensor.importance)
         with np.errstate(over="raise", invalid="raise"):
             return np.ascontiguousarray(gguf.quants.quantize(array.astype(np.float32, copy=False), tensor.type))
     except FloatingPointError as error:

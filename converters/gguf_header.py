@@ -78,6 +78,11 @@ def read_header(path: Path) -> Header:
     return Header(metadata, _place(entries, start, alignment, len(data), path))
 
 
+def stored_bytes(path: Path, entry: TensorEntry) -> np.ndarray:
+    """The tensor's bytes, uint8 [nbytes], a read-only view of the file."""
+    return np.asarray(np.memmap(path, dtype=np.uint8, mode="r", offset=entry.offset, shape=(entry.nbytes,)))
+
+
 class _Cursor:
     """Reads little-endian values one after the other and never past the end of the file."""
 

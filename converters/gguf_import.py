@@ -14,7 +14,7 @@ from converters.archs import ARCHS
 from converters.archs.base import ArchSpec, GGUFArch, MetadataReader
 from converters.archs.gguf_rope import FREQUENCIES, recognise_llama3
 from converters.checkpoint import TensorInfo, check_tensors
-from converters.gguf_header import TensorEntry, read_header
+from converters.gguf_header import TensorEntry, read_header, stored_bytes
 from converters.gguf_tensors import gguf_names
 from converters.gguf_tokenizer import read_tokenizer, special_token_ids
 from jaxft.errors import JaxftError
@@ -73,6 +73,12 @@ class GGUFCheckpoint:
     def where(self) -> str:
         """The file's path."""
         return str(self._path)
+
+    @property
+    def quantization(self) -> str | None:
+        """For `converters.checkpoint.quantization_of`."""
+        types = sorted({entry.type.name for entry in self._entries.values() if entry.type not in _STORED})
+        return f"GGUF {', '.join(types)}" if types else None
 
     def read(self, name: str) -> np.ndarray:
         """One tensor under its HF name: float32, float16 and bfloat16 as stored, quantized types as float32.
@@ -168,8 +174,7 @@ def _dtype_name(tensors: dict[str, TensorInfo]) -> str:
 
 def _read(path: Path, entry: TensorEntry) -> np.ndarray:
     """A copy of the tensor's values in its own shape; the file's order of rows."""
-    raw = np.memmap(path, dtype=np.uint8, mode="r", offset=entry.offset, shape=(entry.nbytes,))
+    raw = stored_bytes(path, entry)
     if entry.type in _STORED:
         return np.array(raw).view(_STORED[entry.type]).reshape(entry.shape)
-    rows = np.asarray(raw).reshape(*entry.shape[:-1], -1)
-    return gguf.quants.dequantize(rows, entry.type)
+    return gguf.quants.dequantize(raw.reshape(*entry.shape[:-1], -1), entry.type)

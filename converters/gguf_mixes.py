@@ -1,8 +1,7 @@
 """Which type each tensor of a GGUF file gets: llama.cpp's mixes, in which some matrices have more bits than the rest.
 
 Source: llama.cpp's src/llama-quant.cpp (`llama_tensor_get_type_impl` and `tensor_type_fallback`,
-https://github.com/ggml-org/llama.cpp), for models without an importance matrix; the tests compare with what
-`llama_model_quantize` writes.
+https://github.com/ggml-org/llama.cpp); the tests compare with what `llama_model_quantize` writes.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ class ModelFacts(NamedTuple):
 
     n_layers: int
     queries_per_key: int
+    has_importance: bool = False
 
 
 class Choice(NamedTuple):
@@ -56,6 +56,11 @@ def _shared_keys(_: int, model: ModelFacts) -> bool:
     return model.queries_per_key >= 4
 
 
+def _first_eighth(importance: bool) -> _Condition:
+    """The first eighth of the layers, of files with or without an importance matrix."""
+    return lambda layer, model: layer < model.n_layers // 8 and model.has_importance == importance
+
+
 class _Rule(NamedTuple):
     """Tensors `blk.LAYER.PART.weight` are of this type where the condition holds."""
 
@@ -72,7 +77,7 @@ class Mix(NamedTuple):
     rules: tuple[_Rule, ...] = ()
 
 
-_IQ4_RULES = (_Rule("attn_v", Type.Q5_K, _shared_keys), _Rule("ffn_down", Type.Q5_K, _first_part(8)))
+_IQ4_RULES = (_Rule("attn_v", Type.Q5_K, _shared_keys), _Rule("ffn_down", Type.Q5_K, _first_eighth(importance=False)))
 _M_RULES = (_Rule("attn_v", Type.Q6_K, _more_bits), _Rule("ffn_down", Type.Q6_K, _more_bits))
 _TERNARY_RULES = (_Rule("token_embd", Type.Q4_K),)
 
@@ -81,9 +86,9 @@ MIXES = {
     "f16": Mix(Type.F16, LlamaFileType.MOSTLY_F16),
     "bf16": Mix(Type.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": Mix(Type.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-    "q4_0": Mix(Type.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+    "q4_0": Mix(Type.Q4_0, LlamaFileType.MOSTLY_Q4_0, (_Rule("ffn_down", Type.Q4_1, _first_eighth(importance=True)),)),
     "q4_1": Mix(Type.Q4_1, LlamaFileType.MOSTLY_Q4_1),
-    "q5_0": Mix(Type.Q5_0, LlamaFileType.MOSTLY_Q5_0),
+    "q5_0": Mix(Type.Q5_0, LlamaFileType.MOSTLY_Q5_0, (_Rule("ffn_down", Type.Q5_1, _first_eighth(importance=True)),)),
     "q5_1": Mix(Type.Q5_1, LlamaFileType.MOSTLY_Q5_1),
     "q2_k": Mix(
         Type.Q2_K,

@@ -23,22 +23,44 @@ import gguf
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from converters.gguf_fits import (
+    EPSILON,
+    Affine,
+    Linear,
+    Trials,
+    fit_affine,
+    fit_by_coordinates,
+    fit_iq4,
+    fit_linear,
+    fit_positive,
+    groups_of,
+    in_blocks,
+    largest_of,
+    levels_of,
+    lowest_of,
+    nearest_int,
+    nearest_iq4,
+    reciprocal,
+    sum_of,
+)  # fmt: skip
+
 # Values that one thread works on at a time: 4 MB arrays. With smaller ones, threads wait for the interpreter's lock.
 _CHUNK = 1 << 20
 _THREADS = min(8, os.cpu_count() or 1)
 
-# ggml takes groups below this for zeros.
-_EPSILON = np.float32(1e-15)
+# ggml's trial roundings of K-quants, and those of every affine type where importance is given.
+_Q2_TRIALS, _Q4_TRIALS, _Q5_TRIALS = Trials(-0.5, 0.1, 15), Trials(-1.0, 0.1, 20), Trials(-0.5, 0.1, 15)
+_WEIGHTED_TRIALS = Trials(-0.9, 0.05, 36)
 
-_IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 
-
-def quantize(matrix: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+def quantize(matrix: np.ndarray, kind: GGMLQuantizationType, importance: np.ndarray | None = None) -> np.ndarray:
     """The matrix in a quantized type.
 
     Args:
       matrix: [..., columns] of float32, float16 or bfloat16; columns a multiple of the type's block.
       kind: a type of `QUANTIZABLE`.
+      importance: float32 [columns], or [experts, columns] for a matrix [experts, rows, columns]: the mean squares of
+        what each column is multiplied by, which weigh its rounding errors. Types not in `WEIGHTED` do without.
 
     Returns:
       uint8 [..., bytes of a row].
@@ -46,227 +68,96 @@ def quantize(matrix: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     Raises:
       FloatingPointError: a value is not finite, or a block's float16 scale would not be.
     """
+    if importance is not None and importance.ndim == 2:
+        return np.stack([quantize(expert, kind, row) for expert, row in zip(matrix, importance, strict=True)])
     block, block_bytes = GGML_QUANT_SIZES[kind]
-    blocks = matrix.reshape(-1, block)
-    quantized = np.empty((len(blocks), block_bytes), np.uint8)
-    step = _CHUNK // block
+    rows = matrix.reshape(-1, matrix.shape[-1])
+    quantized = np.empty((len(rows), rows.shape[1] // block * block_bytes), np.uint8)
+    step = max(1, _CHUNK // rows.shape[1])
 
     def work(start: int) -> None:
-        quantized[start : start + step] = _quantize_blocks(blocks[start : start + step], kind)
+        some = rows[start : start + step]
+        quantized[start : start + step] = _quantize_rows(some, kind, importance).reshape(len(some), -1)
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(work, range(0, len(blocks), step)))
+        list(pool.map(work, range(0, len(rows), step)))
     return quantized.reshape(*matrix.shape[:-1], -1)
 
 
-def _quantize_blocks(blocks: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    blocks = blocks.astype(np.float32, copy=False)
-    if not np.isfinite(blocks).all():
+def _quantize_rows(rows: np.ndarray, kind: GGMLQuantizationType, importance: np.ndarray | None) -> np.ndarray:
+    """uint8 [blocks, bytes of a block]."""
+    rows = rows.astype(np.float32, copy=False)
+    if not np.isfinite(rows).all():
         raise FloatingPointError("a value is not finite")
+    blocks = rows.reshape(-1, GGML_QUANT_SIZES[kind][0])
     # Divisions by the scale 0 of a constant group are sorted out where their results would be used.
     with np.errstate(all="ignore"):
-        quantized = _QUANTIZERS[kind](blocks)
+        if importance is None or kind not in WEIGHTED:
+            quantized = _QUANTIZERS[kind](blocks)
+        else:
+            quantized = _QUANTIZERS[kind](blocks, Importance.of(rows, importance, blocks.shape[1]))
     for offset in _SCALES[kind]:
         if not np.isfinite(np.ascontiguousarray(quantized[:, offset : offset + 2]).view(np.float16)).all():
             raise FloatingPointError("a scale is beyond float16")
     return quantized
 
 
-class _Affine(NamedTuple):
-    """A fit of x ~ scale * level + minimum to each group, and what its levels came from: float32 [groups] each."""
+class Importance(NamedTuple):
+    """What weighs rounding errors: float32 [blocks, size], and the mean square of each block's row, [blocks]."""
 
-    scale: np.ndarray
-    minimum: np.ndarray
-    inverse: np.ndarray
-    origin: np.ndarray
+    values: np.ndarray
+    row_mean: np.ndarray
 
+    @classmethod
+    def of(cls, rows: np.ndarray, importance: np.ndarray, size: int) -> Importance:
+        """Of rows [rows, columns] and importance [columns], in blocks of `size`."""
+        values = np.tile(importance.astype(np.float32).reshape(-1, size), (len(rows), 1))
+        means = sum_of(np.ascontiguousarray(np.square(rows).T)) / np.float32(rows.shape[1])
+        return cls(values, np.repeat(means, rows.shape[1] // size))
 
-def _fit_affine(
-    x: np.ndarray, weights: np.ndarray, top: int, first: float, steps: int, *, absolute: bool = False
-) -> _Affine:
-    """ggml's make_qkx2_quants: of `steps + 1` trial roundings the one whose least-squares scale and minimum fit best.
-
-    Args:
-      x, weights: [n, groups].
-      top: the largest level; the smallest is 0. Trial i is scaled to the range top + first + 0.1 * i.
-      absolute: weigh absolute errors instead of squared ones.
-    """
-    low, high = np.minimum(x.min(axis=0), np.float32(0)), x.max(axis=0)
-    sum_w, sum_x = _sum(weights), _sum(weights * x)
-    levels, work, weighted = (np.empty_like(x) for _ in range(3))
-    size = np.abs if absolute else np.square
-
-    def round_to_levels(inverse: np.ndarray) -> None:
-        np.subtract(x, low, out=levels)
-        np.multiply(levels, inverse, out=levels)
-        np.rint(levels, out=levels)
-        np.clip(levels, np.float32(0), np.float32(top), out=levels)
-
-    def error(scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
-        np.multiply(levels, scale, out=work)
-        np.add(work, minimum, out=work)
-        np.subtract(work, x, out=work)
-        size(work, out=work)
-        return _sum(np.multiply(work, weights, out=work))
-
-    inverse = np.float32(top) / (high - low)
-    fit = _Affine(1 / inverse, low, inverse, low.copy())
-    round_to_levels(inverse)
-    best = error(fit.scale, low)
-    for step in range(steps + 1):
-        inverse = (np.float32(first) + np.float32(0.1) * np.float32(step) + np.float32(top)) / (high - low)
-        round_to_levels(inverse)
-        sum_l = _sum(np.multiply(weights, levels, out=weighted))
-        sum_xl = _sum(np.multiply(weighted, x, out=work))
-        sum_l2 = _sum(np.multiply(weighted, levels, out=work))
-        determinant = sum_w * sum_l2 - sum_l * sum_l
-        scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
-        minimum = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
-        above = minimum > 0
-        np.copyto(minimum, np.float32(0), where=above)
-        np.copyto(scale, sum_xl / sum_l2, where=above)
-        found = error(scale, minimum)
-        better = (determinant > 0) & (found < best)
-        np.copyto(best, found, where=better)
-        # `low` is the fit's minimum from here on, also for the next trial.
-        for kept, new in zip(fit, (scale, minimum, inverse, low.copy()), strict=True):
-            np.copyto(kept, new, where=better)
-    return fit
+    def weights(self, blocks: np.ndarray, n: int, mean: np.ndarray) -> np.ndarray:
+        """importance * sqrt(mean + x^2), [n, groups], with a mean square for each block."""
+        mean = np.repeat(mean, blocks.shape[1] // n)
+        return groups_of(self.values, n) * np.sqrt(mean + np.square(groups_of(blocks, n)))
 
 
-def _levels_of(x: np.ndarray, fit: _Affine, top: int) -> np.ndarray:
-    """The levels that the search chose, uint8 [n, groups]."""
-    return np.clip(_nearest_int((x - fit.origin) * fit.inverse), 0, top).astype(np.uint8)
-
-
-class _Linear(NamedTuple):
-    """A fit of x ~ scale * level to each group, float32 [groups], and its levels + the lowest, uint8 [n, groups]."""
-
-    scale: np.ndarray
-    levels: np.ndarray
-
-
-def _fit_linear(x: np.ndarray, top: int) -> _Linear:
-    """ggml's make_qx_quants with weights x^2: the best of 19 trial scales; levels from -top to top - 1."""
-    largest = _largest(x)
-    weights = x * x
-    weighted_x = weights * x
-    levels, work = np.empty_like(x), np.empty_like(x)
-
-    def sums(inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        np.multiply(x, inverse, out=levels)
-        np.rint(levels, out=levels)
-        np.clip(levels, np.float32(-top), np.float32(top - 1), out=levels)
-        sum_lx = _sum(np.multiply(weighted_x, levels, out=work))
-        np.multiply(weights, levels, out=work)
-        return sum_lx, _sum(np.multiply(work, levels, out=work))
-
-    inverse = np.float32(-top) / largest
-    sum_lx, sum_l2 = sums(inverse)
-    scale = np.where(sum_l2 != 0, sum_lx / sum_l2, np.float32(0))
-    best = scale * sum_lx
-    for step in (*range(-9, 0), *range(1, 10)):
-        trial = -(np.float32(top) + np.float32(0.1) * np.float32(step)) / largest
-        sum_lx, sum_l2 = sums(trial)
-        better = (sum_l2 > 0) & (sum_lx * sum_lx > best * sum_l2)
-        np.copyto(inverse, trial, where=better)
-        np.copyto(scale, sum_lx / sum_l2, where=better)
-        np.copyto(best, scale * sum_lx, where=better)
-    zero = np.abs(largest) < _EPSILON
-    scale[zero] = 0
-    chosen = (np.clip(_nearest_int(x * inverse), -top, top - 1) + top).astype(np.uint8)
-    chosen[:, zero] = 0
-    return _Linear(scale, chosen)
-
-
-def _fit_by_coordinates(x: np.ndarray, top: int) -> _Linear:
-    """ggml's make_q3_quants with weights x^2: from the largest value's scale, five rounds of moving level by level."""
-    largest = _largest(x)
-    weights = x * x
-    weighted_x = weights * x
-    levels = np.clip(_nearest_int(x * (np.float32(-top) / largest)), -top, top - 1).astype(np.float32)
-    sum_lx, sum_l2 = _sum(weighted_x * levels), _sum(weights * levels * levels)
-    for _ in range(5):
-        before = levels.copy()
-        for value, weight, weighted, level in zip(x, weights, weighted_x, levels, strict=True):
-            rest_lx, rest_l2 = sum_lx - weighted * level, sum_l2 - weight * level * level
-            new = np.clip(_nearest_int(value * rest_l2 / rest_lx), -top, top - 1).astype(np.float32)
-            new_lx, new_l2 = rest_lx + weighted * new, rest_l2 + weight * new * new
-            better = (rest_lx > 0) & (new != level) & (new_l2 > 0)
-            better &= new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2
-            np.copyto(level, new, where=better)
-            np.copyto(sum_lx, new_lx, where=better)
-            np.copyto(sum_l2, new_l2, where=better)
-        if (before == levels).all():
-            break
-    scale = np.where(sum_l2 > 0, sum_lx / sum_l2, np.float32(0))
-    zero = np.abs(largest) < _EPSILON
-    scale[zero] = 0
-    chosen = (levels + np.float32(top)).astype(np.uint8)
-    chosen[:, zero] = 0
-    return _Linear(scale, chosen)
-
-
-def _fit_iq4(x: np.ndarray) -> np.ndarray:
-    """ggml's search of quantize_row_iq4_nl_impl: scales of x ~ scale * (one of _IQ4_VALUES), float32 [groups]."""
-    largest = _largest(x)
-    weights = x * x
-
-    def sums(inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        values = _IQ4_VALUES[_nearest_iq4(x * inverse)]
-        weighted = weights * values
-        return _sum(weighted * x), _sum(weighted * values)
-
-    sum_qx, sum_q2 = sums(1 / (-largest / _IQ4_VALUES[0]))
-    scale = sum_qx / sum_q2
-    best = scale * sum_qx
-    for step in range(-7, 8):
-        sum_qx, sum_q2 = sums((np.float32(step) + _IQ4_VALUES[0]) / largest)
-        better = (sum_q2 > 0) & (sum_qx * sum_qx > best * sum_q2)
-        np.copyto(scale, sum_qx / sum_q2, where=better)
-        np.copyto(best, scale * sum_qx, where=better)
-    scale[np.abs(largest) < _EPSILON] = 0
-    return scale
-
-
-# The index of the nearest value, by floor(2 x): all midpoints of neighbours are multiples of a half.
-_IQ4_NEAREST = np.searchsorted(_IQ4_VALUES[1:] + _IQ4_VALUES[:-1], np.arange(-256, 256), side="right").astype(np.uint8)
-
-
-def _nearest_iq4(x: np.ndarray) -> np.ndarray:
-    """Indices into _IQ4_VALUES, uint8; the upper one of two that are as near."""
-    doubled = np.clip(np.floor(x + x), np.float32(-256), np.float32(255))
-    return _IQ4_NEAREST.take(doubled.astype(np.int64) + 256, mode="clip")
+def _mean_square(blocks: np.ndarray, factor: float = 1) -> np.ndarray:
+    """Of each block, times a power of two."""
+    return np.float32(factor) * sum_of(np.ascontiguousarray(np.square(blocks).T)) / np.float32(blocks.shape[1])
 
 
 def _q8_0(blocks: np.ndarray) -> np.ndarray:
-    x = _groups(blocks, 32)
+    x = groups_of(blocks, 32)
     d = np.abs(x).max(axis=0) / np.float32(127)
-    scaled = x * _reciprocal(d)
+    scaled = x * reciprocal(d)
     # Half away from zero, as C's roundf; adding 0.5 itself would round the number just below 0.5 up as well.
     levels = _truncate(scaled + np.copysign(np.nextafter(np.float32(0.5), np.float32(0)), scaled))
     return np.concatenate([_bytes(d.astype(np.float16)), levels.T.view(np.uint8)], axis=1)
 
 
-def _symmetric(blocks: np.ndarray, bits: int) -> np.ndarray:
+def _symmetric(blocks: np.ndarray, importance: Importance | None = None, *, bits: int) -> np.ndarray:
     """Q4_0 and Q5_0: the largest value becomes the lowest level."""
-    x, half = _groups(blocks, 32), 2 ** (bits - 1)
-    d = _largest(x) / np.float32(-half)
-    levels = _truncate(x * _reciprocal(d) + np.float32(half + 0.5))
-    levels = np.minimum(levels, np.int8(2 * half - 1)).view(np.uint8)
+    x, half = groups_of(blocks, 32), 2 ** (bits - 1)
+    if importance is None:
+        d = largest_of(x) / np.float32(-half)
+        levels = _truncate(x * reciprocal(d) + np.float32(half + 0.5))
+        levels = np.minimum(levels, np.int8(2 * half - 1)).view(np.uint8)
+    else:
+        d, levels = fit_linear(x, half, importance.weights(blocks, 32, importance.row_mean))
     return np.concatenate([_bytes(d.astype(np.float16)), *_nibbles(levels, bits)], axis=1)
 
 
-def _with_minimum(blocks: np.ndarray, bits: int) -> np.ndarray:
+def _with_minimum(blocks: np.ndarray, importance: Importance | None = None, *, bits: int) -> np.ndarray:
     """Q4_1 and Q5_1: levels from the smallest value up."""
-    x, top = _groups(blocks, 32), 2**bits - 1
-    low = x.min(axis=0)
-    # ggml keeps the sign of the first of several zeros.
-    zero = np.flatnonzero(low == 0)
-    low[zero] = _at(x[:, zero], x[:, zero].argmin(axis=0))
-    d = (x.max(axis=0) - low + np.float32(0)) / np.float32(top)  # + 0: no -0 from zeros of both signs
-    levels = _truncate((x - low) * _reciprocal(d) + np.float32(0.5))
-    levels = np.minimum(levels, np.int8(top)).view(np.uint8)
+    x, top = groups_of(blocks, 32), 2**bits - 1
+    if importance is None:
+        low = lowest_of(x)
+        d = (x.max(axis=0) - low + np.float32(0)) / np.float32(top)  # + 0: no -0 from zeros of both signs
+        levels = _truncate((x - low) * reciprocal(d) + np.float32(0.5))
+        levels = np.minimum(levels, np.int8(top)).view(np.uint8)
+    else:
+        fit = fit_affine(x, importance.weights(blocks, 32, importance.row_mean), top, _WEIGHTED_TRIALS)
+        d, low, levels = fit.scale + np.float32(0), fit.minimum, levels_of(x, fit, top)  # + 0: as above
     halves = (_bytes(part.astype(np.float16)) for part in (d, low))
     return np.concatenate([*halves, *_nibbles(levels, bits)], axis=1)
 
@@ -278,47 +169,63 @@ def _nibbles(levels: np.ndarray, bits: int) -> list[np.ndarray]:
     return [*fifth, _pack(levels & 15)]
 
 
-def _q2_k(blocks: np.ndarray) -> np.ndarray:
-    x = _groups(blocks, 16)
-    fit = _fit_affine(x, np.abs(x), 3, -0.5, 15, absolute=True)
-    d, scales = _shared_scale(fit.scale, 15, 16)
-    d_min, minima = _shared_scale(-fit.minimum, 15, 16)
-    levels = _requantize_affine(x, fit, (d, scales), (d_min, minima), 3)
-    packed = (scales | minima << 4).astype(np.uint8)
-    return np.concatenate([packed, _pack(levels.reshape(-1, 2, 4, 32)), _bytes(d), _bytes(d_min)], axis=1)
+def _q2_k(blocks: np.ndarray, importance: Importance | None = None) -> np.ndarray:
+    x = groups_of(blocks, 16)
+    if importance is None:
+        fit = fit_affine(x, np.abs(x), 3, _Q2_TRIALS, absolute=True)
+        scale, minimum = _shared_scale(fit.scale, 15, 16), _shared_scale(-fit.minimum, 15, 16)
+    else:
+        weights = importance.weights(blocks, 16, _mean_square(blocks))
+        fit = fit_affine(x, weights, 3, _WEIGHTED_TRIALS)
+        scale, minimum = (_weighted_scale(values, 15, 16, weights) for values in (fit.scale, -fit.minimum))
+    levels = _requantize_affine(x, fit, scale, minimum, 3)
+    packed = (scale[1] | minimum[1] << 4).astype(np.uint8)
+    return np.concatenate([packed, _pack(levels.reshape(-1, 2, 4, 32)), _bytes(scale[0]), _bytes(minimum[0])], axis=1)
 
 
-def _q3_k(blocks: np.ndarray) -> np.ndarray:
-    x = _groups(blocks, 16)
-    fit = _fit_by_coordinates(x, 4)
-    inverse, scales = _signed_scales(fit.scale, -32, 31)
-    d = np.where(np.isfinite(inverse), 1 / inverse, np.float32(0)).astype(np.float16)
-    levels = _requantize_linear(x, fit, d, scales, 4)
+def _q3_k(blocks: np.ndarray, importance: Importance | None = None) -> np.ndarray:
+    x = groups_of(blocks, 16)
+    if importance is None:
+        fit = fit_by_coordinates(x, 4)
+        inverse, scales = _signed_scales(fit.scale, -32, 31)
+        codes = np.where(np.isfinite(inverse)[:, None], scales + 32, 0).astype(np.uint8)
+        d = np.where(np.isfinite(inverse), 1 / inverse, np.float32(0)).astype(np.float16)
+    else:
+        weights = importance.weights(blocks, 16, _mean_square(blocks, 2))
+        fit = fit_linear(x, 4, weights)
+        shared = fit_linear(groups_of(fit.scale, 16), 32, groups_of(sum_of(weights), 16))
+        d, codes = shared.scale.astype(np.float16), np.ascontiguousarray(shared.levels.T)
+    levels = _requantize_linear(x, fit, d, codes.astype(np.int32) - 32, 4)
     high_bits, low_bits = _pack((levels >> 2).reshape(-1, 1, 8, 32)), _pack((levels & 3).reshape(-1, 2, 4, 32))
-    codes = np.where(np.isfinite(inverse)[:, None], scales + 32, 0).astype(np.uint8)
     packed = [codes[:, :8] & 15 | (codes[:, 8:] & 15) << 4, _pack((codes >> 4).reshape(-1, 1, 4, 4))]
     return np.concatenate([high_bits, low_bits, *packed, _bytes(d)], axis=1)
 
 
-def _q4_k(blocks: np.ndarray) -> np.ndarray:
-    header, levels = _k_scales_and_levels(blocks, 15, -1.0, 20)
+def _q4_k(blocks: np.ndarray, importance: Importance | None = None) -> np.ndarray:
+    header, levels = _k_scales_and_levels(blocks, importance, 15, _Q4_TRIALS)
     return np.concatenate([header, _pack(levels.reshape(-1, 4, 2, 32))], axis=1)
 
 
-def _q5_k(blocks: np.ndarray) -> np.ndarray:
-    header, levels = _k_scales_and_levels(blocks, 31, -0.5, 15)
+def _q5_k(blocks: np.ndarray, importance: Importance | None = None) -> np.ndarray:
+    header, levels = _k_scales_and_levels(blocks, importance, 31, _Q5_TRIALS)
     fifth_bits = _pack((levels >> 4).reshape(-1, 1, 8, 32))
     return np.concatenate([header, fifth_bits, _pack((levels & 15).reshape(-1, 4, 2, 32))], axis=1)
 
 
-def _k_scales_and_levels(blocks: np.ndarray, top: int, first: float, steps: int) -> tuple[np.ndarray, np.ndarray]:
+def _k_scales_and_levels(
+    blocks: np.ndarray, importance: Importance | None, top: int, trials: Trials
+) -> tuple[np.ndarray, np.ndarray]:
     """What Q4_K and Q5_K share: float16 d and d_min with eight 6-bit scales and minima, uint8 [blocks, 16]; levels."""
-    x = _groups(blocks, 32)
-    weights = np.sqrt(_sum(x * x) / np.float32(32)) + np.abs(x)
-    fit = _fit_affine(x, weights, top, first, steps)
-    d, scales = _shared_scale(fit.scale, 63, 8)
-    d_min, minima = _shared_scale(-fit.minimum, 63, 8)
-    levels = _requantize_affine(x, fit, (d, scales), (d_min, minima), top)
+    x = groups_of(blocks, 32)
+    if importance is None:
+        fit = fit_affine(x, np.sqrt(sum_of(x * x) / np.float32(32)) + np.abs(x), top, trials)
+        scale, minimum = _shared_scale(fit.scale, 63, 8), _shared_scale(-fit.minimum, 63, 8)
+    else:
+        weights = importance.weights(blocks, 32, _mean_square(blocks, 2))
+        fit = fit_affine(x, weights, top, _WEIGHTED_TRIALS)
+        scale, minimum = (_weighted_scale(values, 63, 8, weights) for values in (fit.scale, -fit.minimum))
+    levels = _requantize_affine(x, fit, scale, minimum, top)
+    (d, scales), (d_min, minima) = scale, minimum
     packed = [
         scales[:, :4] | scales[:, 4:] >> 4 << 6,
         minima[:, :4] | minima[:, 4:] >> 4 << 6,
@@ -327,9 +234,9 @@ def _k_scales_and_levels(blocks: np.ndarray, top: int, first: float, steps: int)
     return np.concatenate([_bytes(d), _bytes(d_min), *packed], axis=1), levels
 
 
-def _q6_k(blocks: np.ndarray) -> np.ndarray:
-    x = _groups(blocks, 16)
-    fit = _fit_linear(x, 32)
+def _q6_k(blocks: np.ndarray, importance: Importance | None = None) -> np.ndarray:
+    x = groups_of(blocks, 16)
+    fit = fit_linear(x, 32, None if importance is None else groups_of(importance.values, 16))
     inverse, scales = _signed_scales(fit.scale, -128, 127)
     d = (1 / inverse).astype(np.float16)
     levels = _requantize_linear(x, fit, d, scales, 32)
@@ -337,29 +244,41 @@ def _q6_k(blocks: np.ndarray) -> np.ndarray:
     low = _pack((halves & 15).reshape(-1, 2, 2, 2, 32).swapaxes(2, 3).reshape(-1, 4, 2, 32))
     parts = [low, _pack(halves >> 4), scales.astype(np.int8).view(np.uint8), _bytes(d)]
     quantized = np.concatenate(parts, axis=1)
-    quantized[np.abs(fit.scale).reshape(-1, 16).max(axis=1) < _EPSILON] = 0
+    quantized[np.abs(fit.scale).reshape(-1, 16).max(axis=1) < EPSILON] = 0
     return quantized
 
 
-def _iq4_nl(blocks: np.ndarray) -> np.ndarray:
-    scale = _fit_iq4(_groups(blocks, 32))
-    inverse = _reciprocal(scale)
-    levels = _nearest_iq4(blocks * inverse[:, None])
+def _iq4_scales(blocks: np.ndarray, importance: Importance | None) -> np.ndarray:
+    """float32, one for 32 values."""
+    weights = None if importance is None else importance.weights(blocks, 32, _mean_square(blocks, 2))
+    return fit_iq4(groups_of(blocks, 32), weights)
+
+
+def _iq4_nl(blocks: np.ndarray, importance: Importance | None = None) -> np.ndarray:
+    scale = _iq4_scales(blocks, importance)
+    inverse = reciprocal(scale)
+    levels = nearest_iq4(blocks * inverse[:, None])
     return np.concatenate([_bytes(scale.astype(np.float16)), _pack(levels.reshape(-1, 1, 2, 16))], axis=1)
 
 
-def _iq4_xs(blocks: np.ndarray) -> np.ndarray:
-    scales = _fit_iq4(_groups(blocks, 32)).reshape(-1, 8)
-    d = -_largest(scales.T) / np.float32(32)
-    inverse = _reciprocal(d)
-    codes = np.clip(_nearest_int(inverse[:, None] * scales), -32, 31)
+def _iq4_xs(blocks: np.ndarray, importance: Importance | None = None) -> np.ndarray:
+    scales = _iq4_scales(blocks, importance).reshape(-1, 8)
+    d = -largest_of(scales.T) / np.float32(32)
+    inverse = reciprocal(d)
+    codes = np.clip(nearest_int(inverse[:, None] * scales), -32, 31)
     group_d = d[:, None] * codes.astype(np.float32)
-    group_inverse = _reciprocal(group_d)
-    levels = _nearest_iq4(blocks.reshape(-1, 8, 32) * group_inverse[:, :, None])
+    group_inverse = reciprocal(group_d)
+    levels = nearest_iq4(blocks.reshape(-1, 8, 32) * group_inverse[:, :, None])
     codes = (codes + 32).astype(np.uint8)
     high = _pack((codes >> 4).reshape(-1, 2, 4, 1))
     low = _pack((codes & 15).reshape(-1, 4, 2, 1))
     return np.concatenate([_bytes(d.astype(np.float16)), high, low, _pack(levels.reshape(-1, 8, 2, 16))], axis=1)
+
+
+def _weighted_scale(values: np.ndarray, top: int, n_groups: int, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As `_shared_scale`, by a search that weighs each group by the sum of its `weights` [n, groups]."""
+    fit = fit_positive(groups_of(values, n_groups), top, groups_of(sum_of(weights), n_groups))
+    return fit.scale.astype(np.float16), np.ascontiguousarray(fit.levels.T)
 
 
 def _shared_scale(values: np.ndarray, top: int, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
@@ -367,20 +286,20 @@ def _shared_scale(values: np.ndarray, top: int, n_groups: int) -> tuple[np.ndarr
     values = values.reshape(-1, n_groups)
     largest = np.maximum(values.max(axis=1), np.float32(0))
     inverse = np.where(largest > 0, np.float32(top) / largest, np.float32(0))
-    codes = _nearest_int(inverse[:, None] * values).astype(np.uint8)
+    codes = nearest_int(inverse[:, None] * values).astype(np.uint8)
     return (largest / np.float32(top)).astype(np.float16), np.minimum(codes, np.uint8(top))
 
 
 def _signed_scales(values: np.ndarray, bottom: int, top: int) -> tuple[np.ndarray, np.ndarray]:
     """The groups' values as integers, the largest of a block as `bottom`: 1 / scale [blocks], int32 [blocks, 16]."""
     values = values.reshape(-1, 16)
-    inverse = np.float32(bottom) / _largest(values.T)
-    return inverse, np.clip(_nearest_int(inverse[:, None] * values), bottom, top)
+    inverse = np.float32(bottom) / largest_of(values.T)
+    return inverse, np.clip(nearest_int(inverse[:, None] * values), bottom, top)
 
 
 def _requantize_affine(
     x: np.ndarray,
-    fit: _Affine,
+    fit: Affine,
     scale: tuple[np.ndarray, np.ndarray],
     minimum: tuple[np.ndarray, np.ndarray],
     top: int,
@@ -389,61 +308,22 @@ def _requantize_affine(
     (d, codes), (d_min, min_codes) = scale, minimum
     group_d = (d.astype(np.float32)[:, None] * codes.astype(np.float32)).reshape(-1)
     group_min = (d_min.astype(np.float32)[:, None] * min_codes.astype(np.float32)).reshape(-1)
-    levels = np.clip(_nearest_int((x + group_min) / group_d), 0, top).astype(np.uint8)
+    levels = np.clip(nearest_int((x + group_min) / group_d), 0, top).astype(np.uint8)
     zero = np.flatnonzero(group_d == 0)
-    levels[:, zero] = _levels_of(x[:, zero], _Affine(*(part[zero] for part in fit)), top)
-    return _in_blocks(levels)
+    levels[:, zero] = levels_of(x[:, zero], Affine(*(part[zero] for part in fit)), top)
+    return in_blocks(levels)
 
 
-def _requantize_linear(x: np.ndarray, fit: _Linear, d: np.ndarray, codes: np.ndarray, top: int) -> np.ndarray:
+def _requantize_linear(x: np.ndarray, fit: Linear, d: np.ndarray, codes: np.ndarray, top: int) -> np.ndarray:
     """Levels + `top` for the scales as they are stored, uint8 [blocks, 256]; the search's where the scale is 0."""
     group_d = (d.astype(np.float32)[:, None] * codes.astype(np.float32)).reshape(-1)
-    levels = (np.clip(_nearest_int(x / group_d), -top, top - 1) + top).astype(np.uint8)
-    return _in_blocks(np.where(group_d == 0, fit.levels, levels))
-
-
-def _groups(blocks: np.ndarray, n: int) -> np.ndarray:
-    """[blocks, size] -> [n, groups]: the values of each group of n neighbours along the first axis."""
-    return np.ascontiguousarray(blocks.reshape(-1, n).T)
-
-
-def _in_blocks(groups: np.ndarray) -> np.ndarray:
-    """[n, groups] -> [blocks, 256]."""
-    return groups.T.reshape(-1, 256)
-
-
-def _sum(x: np.ndarray) -> np.ndarray:
-    """Sums over the first axis, one value after the other; numpy would add a single column in pairs."""
-    return np.add.reduce(x, axis=0) if x.shape[1] > 1 else np.add.accumulate(x, axis=0)[-1]
-
-
-def _largest(x: np.ndarray) -> np.ndarray:
-    """The first value of each column whose absolute value is the column's largest; never -0."""
-    high, low = x.max(axis=0), x.min(axis=0)
-    largest = np.where(high > -low, high, low)
-    tied = np.flatnonzero(high == -low)
-    largest[tied] = _at(x[:, tied], np.abs(x[:, tied]).argmax(axis=0))
-    return largest + np.float32(0)
-
-
-def _at(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """One value of each column."""
-    return np.take_along_axis(x, rows[None], axis=0)[0]
-
-
-def _reciprocal(x: np.ndarray) -> np.ndarray:
-    """1 / x, and 0 for 0."""
-    return np.where(x != 0, 1 / x, np.float32(0))
+    levels = (np.clip(nearest_int(x / group_d), -top, top - 1) + top).astype(np.uint8)
+    return in_blocks(np.where(group_d == 0, fit.levels, levels))
 
 
 def _truncate(x: np.ndarray) -> np.ndarray:
     """C's conversion to int8 on x86, by way of int32, also of the infinite values that vanishing scales give."""
     return x.astype(np.int32).astype(np.int8)
-
-
-def _nearest_int(x: np.ndarray) -> np.ndarray:
-    """ggml's nearest_int: half to even, by the bits of x + 1.5 * 2^23. int32; what is not finite gives no error."""
-    return ((x + np.float32(12582912)).view(np.int32) & 0x7FFFFF) - 0x400000
 
 
 def _pack(parts: np.ndarray) -> np.ndarray:
@@ -462,7 +342,7 @@ def _by_gguf(kind: GGMLQuantizationType) -> Callable[[np.ndarray], np.ndarray]:
     return lambda blocks: gguf.quants.quantize(blocks, kind)
 
 
-_QUANTIZERS: dict[GGMLQuantizationType, Callable[[np.ndarray], np.ndarray]] = {
+_QUANTIZERS: dict[GGMLQuantizationType, Callable[..., np.ndarray]] = {
     GGMLQuantizationType.Q8_0: _q8_0,
     GGMLQuantizationType.Q4_0: partial(_symmetric, bits=4),
     GGMLQuantizationType.Q4_1: partial(_with_minimum, bits=4),
@@ -480,6 +360,13 @@ _QUANTIZERS: dict[GGMLQuantizationType, Callable[[np.ndarray], np.ndarray]] = {
     GGMLQuantizationType.TQ2_0: _by_gguf(GGMLQuantizationType.TQ2_0),
 }
 QUANTIZABLE = frozenset(_QUANTIZERS)
+# Types whose search an importance matrix weighs.
+WEIGHTED = QUANTIZABLE - {
+    GGMLQuantizationType.Q8_0,
+    GGMLQuantizationType.MXFP4,
+    GGMLQuantizationType.TQ1_0,
+    GGMLQuantizationType.TQ2_0,
+}
 
 # Where a block keeps its float16 scales.
 _SCALES: dict[GGMLQuantizationType, tuple[int, ...]] = {

@@ -17,7 +17,7 @@ from jaxft.models.decoder import Decoder
 from jaxft.models.params import build_decoder, expected_tensors, quantizable_tensors
 from jaxft.quant import QTensor
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Buffers that older checkpoints carry and that are computed from the config.
 _BUFFERS = ("rotary_emb.inv_freq",)
 _FLOATS = {np.dtype(dtype) for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
@@ -69,9 +69,9 @@ def check(checkpoint: Checkpoint) -> DecoderConfig:
     spec = arch_of(checkpoint.config.get("model_type"), checkpoint.where)
     config = spec.decoder_config(checkpoint.config, checkpoint.where)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items() if not name.endswith(_BUFFERS)}
-    if config.tie_word_embeddings and _HEAD in shapes:
+    if config.tie_word_embeddings and HEAD in shapes:
         _check_tied_head(checkpoint)
-        del shapes[_HEAD]
+        del shapes[HEAD]
     check_tensors(shapes, expected_tensors(config), checkpoint.where)
     _check_dtypes({name: checkpoint.tensors[name].dtype for name in shapes}, checkpoint.where)
     return config
@@ -85,11 +85,11 @@ def _check_dtypes(dtypes: dict[str, np.dtype], where: object) -> None:
 
 def _check_tied_head(checkpoint: Checkpoint) -> None:
     """Some checkpoints store a tied head all the same: it must be the embedding, bit by bit."""
-    same = checkpoint.tensors.get(_EMBEDDING) == checkpoint.tensors[_HEAD]
-    if not same or not np.array_equal(_bytes(checkpoint, _EMBEDDING), _bytes(checkpoint, _HEAD)):
+    same = checkpoint.tensors.get(EMBEDDING) == checkpoint.tensors[HEAD]
+    if not same or not np.array_equal(_bytes(checkpoint, EMBEDDING), _bytes(checkpoint, HEAD)):
         raise JaxftError(
-            f"{checkpoint.where}, tensor {_HEAD}",
-            f"differs from {_EMBEDDING}, though the config says tie_word_embeddings",
+            f"{checkpoint.where}, tensor {HEAD}",
+            f"differs from {EMBEDDING}, though the config says tie_word_embeddings",
         )
 
 

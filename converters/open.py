@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from converters.checkpoint import Checkpoint
 from converters.hf_files import ADAPTER_CONFIG, ORBAX_MANIFEST, SIDECARS
@@ -42,6 +42,18 @@ def is_adapter(name: Path | str) -> bool:
     """Whether a local path is the folder of a PEFT adapter."""
     folder = Path(name)
     return (folder / ADAPTER_CONFIG).is_file() and not any(folder.glob("model*.safetensors"))
+
+
+def base_of(adapter_config: dict[str, Any], where: object) -> str:
+    """The base model that an adapter_config.json names.
+
+    Raises:
+      JaxftError: it names none.
+    """
+    name = adapter_config.get("base_model_name_or_path")
+    if not name or not isinstance(name, str):
+        raise JaxftError(f"{where}, field base_model_name_or_path", "is missing", "Fill in the path of the base model")
+    return name
 
 
 def format_of(path: Path) -> Format:

@@ -4,26 +4,41 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from rich.markup import escape
 
+from converters.checkpoint import Checkpoint, QuantizedCheckpoint
+from converters.gguf_header import read_header, stored_bytes
 from converters.open import format_of, gguf_file, open_checkpoint, resolve
-from jaxft.console import console, size, table, tree_bytes
+from converters.peft_io import read_adapter
+from converters.safetensors_io import nbytes
+from jaxft.console import console, size, table, track, tree_bytes
 
 _NAMES = {"hf": "Hugging Face checkpoint", "orbax": "Orbax checkpoint", "gguf": "GGUF file", "peft": "PEFT adapter"}
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSummary:
-    """One tensor as it is stored; `dtype` is numpy's name, or GGUF's where the file is GGUF."""
+    """One tensor as it is stored.
+
+    Attributes:
+      dtype: numpy's name; GGUF's where the file is GGUF; NF4 for a weight that bitsandbytes quantized.
+      bytes: what it takes in the file, with the scales of a quantized weight.
+      sha256: of those bytes, where it was asked for.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     bytes: int
+    sha256: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -55,7 +70,10 @@ class Summary:
             "parameters": sum(tensor.parameters for tensor in self.tensors),
             "dtypes": self._dtypes(),
             "config": self.config,
-            "tensors": [dataclasses.asdict(tensor) for tensor in self.tensors],
+            "tensors": [
+                {key: value for key, value in dataclasses.asdict(tensor).items() if value is not None}
+                for tensor in self.tensors
+            ],
         }
 
     def show(self) -> None:
@@ -66,9 +84,9 @@ class Summary:
             (dtype, total["tensors"], f"{total['parameters']:,}", size(total["bytes"]))
             for dtype, total in facts["dtypes"].items()
         ]
-        tensors = [(t.name, list(t.shape), t.dtype, size(t.bytes)) for t in self.tensors]
+        tensors = [(t.name, list(t.shape), t.dtype, size(t.bytes), t.sha256 or "") for t in self.tensors]
         console.print(table("Config", ["field", "value"], fields))
-        console.print(table("Tensors", ["name", "shape", "dtype", "size"], tensors))
+        console.print(table("Tensors", ["name", "shape", "dtype", "size", "sha256"], tensors))
         console.print(table("Dtypes", ["dtype", "tensors", "parameters", "size"], dtypes))
         headline = (
             f"{_NAMES[self.format]} {self.path}: {facts['parameters']:,} parameters in {len(self.tensors)} tensors, "
@@ -83,8 +101,11 @@ class Summary:
         return {dtype: dict(total) for dtype, total in totals.items()}
 
 
-def summarize(name: Path | str) -> Summary:
+def summarize(name: Path | str, *, hashes: bool = False) -> Summary:
     """Describes a local path or a name on the hub.
+
+    Args:
+      hashes: read every tensor, for the hash of its bytes.
 
     Raises:
       JaxftError: it cannot be opened.
@@ -92,28 +113,42 @@ def summarize(name: Path | str) -> Summary:
     path = resolve(name)
     found = format_of(path)
     if found == "peft":
-        return _adapter(path)
+        adapter = read_adapter(path)
+        tensors = [_summary(name, a.shape, a.dtype.name, [a], hashes) for name, a in adapter.tensors.items()]
+        return Summary(path, found, adapter.config, tensors)
     checkpoint = open_checkpoint(path)
     if found == "gguf":
-        return Summary(gguf_file(path), found, checkpoint.config, _gguf_tensors(gguf_file(path)))
-    tensors = [_tensor(name, info.shape, info.dtype) for name, info in checkpoint.tensors.items()]
+        return Summary(gguf_file(path), found, checkpoint.config, _gguf_tensors(gguf_file(path), hashes))
+    tensors = [_stored(checkpoint, name, hashes) for name in _tracked(list(checkpoint.tensors), hashes)]
     return Summary(path, found, checkpoint.config, tensors)
 
 
-def _adapter(path: Path) -> Summary:
-    from converters.peft_io import read_adapter
-
-    adapter = read_adapter(path)
-    tensors = [_tensor(name, array.shape, array.dtype) for name, array in adapter.tensors.items()]
-    return Summary(path, "peft", adapter.config, tensors)
-
-
-def _gguf_tensors(path: Path) -> list[TensorSummary]:
-    from converters.gguf_header import read_header
-
+def _gguf_tensors(path: Path, hashes: bool) -> list[TensorSummary]:
     entries = read_header(path).tensors.values()
-    return [TensorSummary(entry.name, entry.shape, entry.type.name, entry.nbytes) for entry in entries]
+    return [
+        _summary(entry.name, entry.shape, entry.type.name, [stored_bytes(path, entry)], hashes)
+        for entry in _tracked(list(entries), hashes)
+    ]
 
 
-def _tensor(name: str, shape: tuple[int, ...], dtype: Any) -> TensorSummary:
-    return TensorSummary(name, shape, dtype.name, math.prod(shape) * dtype.itemsize)
+def _stored(checkpoint: Checkpoint, name: str, hashes: bool) -> TensorSummary:
+    weight = checkpoint.quantized(name) if isinstance(checkpoint, QuantizedCheckpoint) else None
+    info = checkpoint.tensors[name]
+    if weight is not None:
+        return _summary(name, info.shape, "NF4", list(map(np.asarray, jax.tree.leaves(weight))), hashes)
+    if hashes:
+        return _summary(name, info.shape, info.dtype.name, [checkpoint.read(name)], hashes)
+    return TensorSummary(name, info.shape, info.dtype.name, nbytes(info))
+
+
+def _summary(name: str, shape: tuple[int, ...], dtype: str, parts: list[np.ndarray], hashes: bool) -> TensorSummary:
+    """`parts` are what stands for the tensor in the file."""
+    digest = hashlib.sha256()
+    for part in parts if hashes else ():
+        digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+    total = sum(part.nbytes for part in parts)
+    return TensorSummary(name, shape, dtype, total, digest.hexdigest() if hashes else None)
+
+
+def _tracked(items: list[Any], hashes: bool) -> Iterable[Any]:
+    return track(items, "hashing") if hashes else items

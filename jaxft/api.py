@@ -300,12 +300,12 @@ class FastLanguageModel:
         """
         from converters.converted import load_nf4
         from converters.load import load_decoder
-        from converters.open import is_adapter, open_checkpoint
+        from converters.open import base_of, is_adapter, open_checkpoint
         from converters.peft_io import read_adapter
 
         dtype = default_dtype() if dtype is None else dtype
         adapter = read_adapter(Path(model_name)) if is_adapter(model_name) else None
-        name = _base_of(adapter, model_name) if adapter else str(model_name)
+        name = base_of(adapter.config, model_name) if adapter else str(model_name)
         source = open_checkpoint(name)
         decoder = (
             load_nf4(source, dtype=dtype, cache=cache_dir() / "nf4")
@@ -391,13 +391,6 @@ def check_gguf_quantizations(methods: Sequence[str]) -> None:
 
     for method in methods:
         check_quantization(method)
-
-
-def _base_of(adapter: Adapter, where: str | Path) -> str:
-    name = adapter.config.get("base_model_name_or_path")
-    if not name:
-        raise JaxftError(f"{where}, field base_model_name_or_path", "is missing", "Fill in the path of the base model")
-    return name
 
 
 def _load_adapter(model: LanguageModel, adapter: Adapter) -> None:

@@ -106,14 +106,14 @@ def warn(text: str) -> None:
     console.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
 
 
-def run_command(command: Callable[[], None]) -> int:
-    """Runs a command; a JaxftError becomes one line on standard error and exit status 2, Ctrl-C status 130."""
+def run_command(command: Callable[[], int | None]) -> int:
+    """Runs a command and gives its exit status, 0 for None; a JaxftError becomes one line on standard error and
+    exit status 2, Ctrl-C status 130."""
     try:
-        command()
+        return command() or 0
     except JaxftError as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         return EXIT_STATUS
     except KeyboardInterrupt:
         console.print("interrupted", soft_wrap=True)
         return 130
-    return 0

@@ -8,8 +8,9 @@ from pallas_kernels.attention import attention, cached_attention
 from pallas_kernels.gated_activation import gated_activation, gated_activation_backward
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
-from pallas_kernels.lora_linear import LoraWeights, lora_linear, lora_qkv
+from pallas_kernels.lora_linear import lora_linear, lora_qkv
 from pallas_kernels.lora_mlp import lora_mlp
+from pallas_kernels.lora_parts import LoraWeights, row_norms
 from pallas_kernels.nf4_linears import nf4_linears
 from pallas_kernels.nf4_matmul import nf4_matmul
 from pallas_kernels.op import OPS, Case, Choice, Explanation, Implementation, ImplementationError, Op, explain
@@ -43,5 +44,6 @@ __all__ = [
     "nf4_matmul",
     "rms_norm",
     "rope",
+    "row_norms",
     "selected_log_probs",
 ]

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 
 import pallas_kernels as pk
 from pallas_kernels import adamw_8bit, nf4
-from pallas_kernels.lora_linear import LoraWeights, Packed, flatten
+from pallas_kernels.lora_linear import Packed
+from pallas_kernels.lora_parts import LoraWeights, flatten
 from pallas_kernels.op import OPS
 from pallas_kernels.timing import device_milliseconds
 

@@ -1,4 +1,4 @@
-"""The gated MLP with low-rank adapters on any of its three linears, as one op (parts: see `lora_linear`).
+"""The gated MLP with low-rank adapters on any of its three linears, as one op (parts: see `lora_parts`).
 
     gate = G(x)    up = U(x)    h = act(gate) * up    y = D(h)        G, U, D linears with adapters; x [T, in]
 
@@ -27,11 +27,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import nf4_linears
 from pallas_kernels.gated_activation import gated_activation, gated_activation_backward
-from pallas_kernels.lora_linear import (
+from pallas_kernels.lora_linear import case_differentiable, case_weights
+from pallas_kernels.lora_parts import (
     LoraWeights,
     apply,
-    case_differentiable,
-    case_weights,
     check_weights,
     decoded,
     flatten,
@@ -41,6 +40,8 @@ from pallas_kernels.lora_linear import (
     low_rank,
     low_rank_cotangents,
     parameter_cotangents,
+    scales_dropped,
+    subtract_bias,
     trained,
     values,
 )
@@ -115,6 +116,18 @@ class _Static(NamedTuple):
     tile: int | None
 
 
+class _Decoded(NamedTuple):
+    """A weight decoded for all tiles: its rows scaled, and as they are where those are needed, too."""
+
+    scaled: jax.Array
+    plain: jax.Array | None
+
+    def dequantize(self, dtype: Any, row_scale: jax.Array | None = None) -> jax.Array:
+        """Either of them; `row_scale` is the one that it was decoded with."""
+        weight = self.scaled if row_scale is not None or self.plain is None else self.plain
+        return weight.astype(dtype)
+
+
 class _Kept(NamedTuple):
     """What the forward pass leaves for the backward pass beside x; `low_down` None: to be made again, out of h."""
 
@@ -136,20 +149,20 @@ def _mlp(static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...]) -> jax
 def _gate_and_up(static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...], *, packed: bool = False) -> _Kept:
     shared = linears[:2]
     low = low_rank(x, shared, static.dropout)
-    gate, up = (apply(x, linear, low_i, packed=packed) for linear, low_i in zip(shared, low, strict=True))
+    gate, up = (apply(x, *each, static.dropout, packed=packed) for each in zip(shared, low, strict=True))
     return _Kept(gate, up, low, None)
 
 
 def _forward(
     static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...], *, packed: bool = False
 ) -> tuple[jax.Array, _Kept]:
-    """The result and what to keep; `packed` as of `lora_linear.apply`."""
+    """The result and what to keep; `packed` as of `lora_parts.apply`."""
     down = linears[2]
     gate, up, low, _ = _gate_and_up(static, x, linears, packed=packed)
     gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
     h = gated_activation(gate, up, activation=static.activation)
     (low_down,) = low_rank(h, (down,), static.dropout)
-    return apply(h, down, low_down, packed=packed), _Kept(gate, up, low, low_down)
+    return apply(h, down, low_down, static.dropout, packed=packed), _Kept(gate, up, low, low_down)
 
 
 def _mlp_fwd(static, x, linears):
@@ -179,9 +192,11 @@ def _backward(static, x, linears, marks, kept: _Kept, g) -> tuple[jax.Array, tup
     d_h = input_cotangent(down, (g,), d_low, static.dropout)
     h, *d_shared = gated_activation_backward(kept.gate, kept.up, d_h, static.activation)
     low_down = low_rank(h, down, static.dropout) if kept.low_down is None else (kept.low_down,)
-    d_down = parameter_cotangents(h, down, trains[2:], (g,), low_down, d_low, static.dropout)
+    # What down gave is made again where its rows are scaled: as long as x, and of use to nobody else.
+    d_down = parameter_cotangents(h, down, trains[2:], (g,), low_down, d_low, (None,), static.dropout)
     d_low = low_rank_cotangents(shared, d_shared)
-    found = parameter_cotangents(x, shared, trains[:2], d_shared, kept.low, d_low, static.dropout)
+    outputs = [subtract_bias(y, linear) for y, linear in zip(kept[:2], shared, strict=True)]
+    found = parameter_cotangents(x, shared, trains[:2], d_shared, kept.low, d_low, outputs, static.dropout)
     return input_cotangent(shared, d_shared, d_low, static.dropout), (*found, *d_down)
 
 
@@ -191,7 +206,7 @@ _mlp.defvjp(_mlp_fwd, _mlp_bwd, symbolic_zeros=True)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recomputing_mlp(static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...]) -> jax.Array:
     """`_mlp` that keeps only x, `static.tile` rows at a time."""
-    weights = _decoded(linears, x.dtype)
+    weights = _decoded(static, linears, x.dtype)
     y, _ = _over_tiles(
         _FORWARD_TILE * (static.tile or 0), weights, lambda x, at: (_forward(static, x, at)[0], ()), (x,)
     )
@@ -210,15 +225,20 @@ def _recomputing_bwd(static, residuals, g):
     def backward(x_tile, g_tile, at):
         return _backward(static, x_tile, at, marks, _gate_and_up(static, x_tile, at), g_tile)
 
-    dx, gradients = _over_tiles(static.tile or 0, _decoded(linears, x.dtype), backward, (x, g))
+    dx, gradients = _over_tiles(static.tile or 0, _decoded(static, linears, x.dtype), backward, (x, g))
     return dx, like_parameters(gradients, linears)
 
 
 _recomputing_mlp.defvjp(_recomputing_fwd, _recomputing_bwd, symbolic_zeros=True)
 
 
-def _decoded(linears: tuple[LoraWeights, ...], dtype: Any) -> tuple[LoraWeights, ...]:
-    return tuple(linear._replace(weight=decoded(linear.weight, dtype)) for linear in linears)
+def _decoded(static: _Static, linears: tuple[LoraWeights, ...], dtype: Any) -> tuple[LoraWeights, ...]:
+    def of(linear: LoraWeights) -> LoraWeights:
+        scaled = decoded(linear.weight, dtype, linear.row_scale)
+        plain = decoded(linear.weight, dtype) if scales_dropped(linear, static.dropout) else None
+        return linear._replace(weight=_Decoded(scaled, plain))
+
+    return tuple(map(of, linears))
 
 
 def _over_tiles(tile: int, linears, run, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
@@ -286,6 +306,7 @@ def _case(
     packed: bool = False,
     dropout: float = 0.0,
     tile: int | None = None,
+    scaled: bool = False,
 ) -> Case:
     size, wide = sizes
     shapes = ((wide, size), (wide, size), (size, wide))
@@ -294,7 +315,7 @@ def _case(
     def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
         x = normal(rng, (tokens, size), dtype)
         linears = {
-            part: case_weights(rng, dtype, shape, rank, bias=bias, packed=packed)._replace(
+            part: case_weights(rng, dtype, shape, rank, bias=bias, packed=packed, scaled=scaled)._replace(
                 dropout_key=jax.random.key(i) if dropout else None
             )
             for i, (part, shape, rank) in enumerate(parts)
@@ -302,9 +323,8 @@ def _case(
         static = {"activation": activation, "dropout": dropout, "recompute": tile is not None, "tile": tile}
         return {"x": x, **flatten(linears), **static}
 
-    differentiable = [
-        field for part, _, rank in parts for field in case_differentiable(f"{part}_", rank, bias=bias, packed=packed)
-    ]
+    settings = {"bias": bias, "packed": packed, "scaled": scaled}
+    differentiable = [field for part, _, rank in parts for field in case_differentiable(f"{part}_", rank, **settings)]
     return Case(name, make, reduction=max(tokens, *sizes), differentiable=("x", *differentiable))
 
 
@@ -316,9 +336,9 @@ LORA_MLP = register(
         implementations={"xla": Implementation(_reference)},
         rank=_rank,
         cases=(
-            _case("all adapted", 7, (24, 40), (4, 4, 4)),
+            _case("all adapted, bias, scaled rows", 7, (24, 40), (4, 4, 4), bias=True, scaled=True),
             _case("over NF4, up without adapter", 5, (34, 66), (3, None, 1), packed=True),
-            _case("over NF4, tiles and a rest", 7, (34, 66), (3, None, 1), packed=True, tile=3),
+            _case("over NF4, tiles and a rest, scaled", 7, (34, 66), (3, None, 1), packed=True, tile=3, scaled=True),
             _case("bias, tiles", 8, (20, 36), (2, 2, 2), bias=True, tile=4),
             _case("bias, dropout, gelu", 9, (20, 36), (2, 2, 2), activation="gelu", bias=True, dropout=0.5),
         ),

@@ -174,6 +174,7 @@ def dequantize(
     layer: jax.Array | int | None = None,
     quant_map: jax.Array | None = None,
     nested_quant_map: jax.Array | None = None,
+    row_scale: jax.Array | None = None,
     block_size: int = BLOCK_SIZE,
     nested_block_size: int = NESTED_BLOCK_SIZE,
     implementation: str | None = None,
@@ -195,6 +196,7 @@ def dequantize(
       dtype: of the result.
       layer: int32 scalar; reads this layer of a stack, so that a scan over layers need not slice its codes.
       quant_map, nested_quant_map: float32 [16] and [256] as stored in a checkpoint; None means the constants.
+      row_scale: float32 [out], of this weight alone: what to multiply its rows by before they are rounded, or None.
       block_size, nested_block_size: 64 and 256.
       implementation: "xla", "pallas" or None.
 
@@ -210,6 +212,7 @@ def dequantize(
         layer=layer,
         quant_map=quant_map,
         nested_quant_map=nested_quant_map,
+        row_scale=row_scale,
         block_size=block_size,
         nested_block_size=nested_block_size,
         implementation=implementation,
@@ -252,6 +255,7 @@ def _reference(
     layer: jax.Array | int | None = None,
     quant_map: jax.Array | None = None,
     nested_quant_map: jax.Array | None = None,
+    row_scale: jax.Array | None = None,
     block_size: int = BLOCK_SIZE,
     nested_block_size: int = NESTED_BLOCK_SIZE,
 ) -> jax.Array:
@@ -261,8 +265,10 @@ def _reference(
     rows, half = codes.shape
     blocks = _blocks(codes.reshape(-1), block_size // 2)
     first, second = quant_map[blocks >> 4] * scales[:, None], quant_map[blocks & 15] * scales[:, None]
-    values = jnp.stack([first, second], axis=-1).astype(dtype).reshape(-1)
-    return values[: rows * half * 2].reshape(rows, half * 2)
+    if row_scale is None:  # the cast first: it halves what is stacked
+        first, second = first.astype(dtype), second.astype(dtype)
+    values = jnp.stack([first, second], axis=-1).reshape(-1)[: rows * half * 2].reshape(rows, half * 2)
+    return values if row_scale is None else (values * row_scale[:, None]).astype(dtype)
 
 
 def _pallas(
@@ -275,6 +281,7 @@ def _pallas(
     layer: jax.Array | int | None = None,
     quant_map: jax.Array | None = None,
     nested_quant_map: jax.Array | None = None,
+    row_scale: jax.Array | None = None,
     block_size: int = BLOCK_SIZE,
     nested_block_size: int = NESTED_BLOCK_SIZE,
     words: int = 256,
@@ -287,11 +294,13 @@ def _pallas(
     values = backend.call(
         _nf4_dequantize,
         *stack._replace(codes=stack.codes.reshape(stack.codes.shape[0], total)),
+        *(() if row_scale is None else (row_scale,)),
         out=jax.ShapeDtypeStruct((total, 2 * BYTES_PER_WORD), dtype),
         grid=(-(-total // words),),
         num_warps=num_warps,
         words=words,
         block_words=block_size // (2 * BYTES_PER_WORD),
+        row_words=half // BYTES_PER_WORD,
         nested_block_size=nested_block_size,
     )
     return values.reshape(rows, half * 2)
@@ -391,8 +400,8 @@ def decode_absmax(stack: Stack, layer: jax.Array, fetched: FetchedAbsmax) -> jax
     return product + backend.load(stack.nested_offset.at[layer])
 
 
-def _nf4_dequantize(*refs: Any, words: int, block_words: int, nested_block_size: int) -> None:
-    stack, out_ref = Stack(*refs[:-1]), refs[-1]
+def _nf4_dequantize(*refs: Any, words: int, block_words: int, row_words: int, nested_block_size: int) -> None:
+    stack, row_scale, out_ref = Stack(*refs[: len(Stack._fields)]), refs[len(Stack._fields) : -1], refs[-1]
     layer, start = stack.layer[0], backend.program_id(0) * words
     total, per_word = out_ref.shape
     word = start + jax.lax.iota(jnp.int32, words)
@@ -405,6 +414,9 @@ def _nf4_dequantize(*refs: Any, words: int, block_words: int, nested_block_size:
     values = backend.load(stack.quant_map.at[layer, nibbles])
     absmax = fetch_absmax(stack, layer, word // block_words, nested_block_size, mask)
     scaled = values * decode_absmax(stack, layer, absmax)[:, None]
+    for ref in row_scale:
+        other = None if mask is None else 0
+        scaled = scaled * backend.load(ref.at[word // row_words], mask=mask, other=other)[:, None]
     out_mask = None if mask is None else jnp.broadcast_to(mask[:, None], shape)
     backend.store(out_ref.at[backend.ds(start, words), :], scaled.astype(out_ref.dtype), mask=out_mask)
 
@@ -419,8 +431,15 @@ def refuses_words(codes: jax.Array, block_size: int) -> str | None:
 
 
 def _pallas_refuses(
-    platform: str, codes: jax.Array, *args: Any, block_size: int = BLOCK_SIZE, **kwargs: Any
+    platform: str,
+    codes: jax.Array,
+    *args: Any,
+    block_size: int = BLOCK_SIZE,
+    row_scale: jax.Array | None = None,
+    **kwargs: Any,
 ) -> str | None:
+    if row_scale is not None and codes.shape[-1] % BYTES_PER_WORD:
+        return f"rows of {codes.shape[-1] * 2} codes are not whole words, of one row's scale each"
     return backend.refuses_platform(platform) or refuses_words(codes, block_size)
 
 
@@ -430,12 +449,21 @@ def _rank(platform: str, *args: Any, **kwargs: Any) -> tuple[Choice, ...]:
     return (Choice("xla", "the kernel is for GPUs"),)
 
 
-def _case(name: str, shape: tuple[int, int], *, layers: int | None = None, double_quantization: bool = True) -> Case:
+def _case(
+    name: str,
+    shape: tuple[int, int],
+    *,
+    layers: int | None = None,
+    double_quantization: bool = True,
+    scaled: bool = False,
+) -> Case:
     def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
         one = functools.partial(quantize, double_quantization=double_quantization)
         w = normal(rng, shape if layers is None else (layers, *shape), jnp.float32)
         arrays = jax.jit(one if layers is None else jax.vmap(one))(w)
-        return arrays._asdict() | {"dtype": dtype, "layer": None if layers is None else jnp.int32(layers - 1)}
+        row_scale = normal(rng, shape[:1], jnp.float32) if scaled else None
+        layer = None if layers is None else jnp.int32(layers - 1)
+        return arrays._asdict() | {"dtype": dtype, "layer": layer, "row_scale": row_scale}
 
     return Case(name, make, reduction=1)
 
@@ -453,7 +481,7 @@ NF4_DEQUANTIZE = register(
         cases=(
             _case("layer of a stack", (16, 2048), layers=3),
             _case("partial blocks", (5, 1026)),
-            _case("not double-quantized", (12, 192), double_quantization=False),
+            _case("not double-quantized, scaled rows", (12, 192), double_quantization=False, scaled=True),
         ),
     )
 )

@@ -167,7 +167,7 @@ def _case(
     """`parts`: rows, rank and whether there is a bias, of each linear."""
 
     def make(rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
-        from pallas_kernels.lora_linear import LoraWeights  # it imports this file
+        from pallas_kernels.lora_parts import LoraWeights  # it imports this file
 
         def linear(rows: int, rank: int | None, bias: bool) -> LoraWeights:
             shape = (rows, size_in) if layers is None else (layers, rows, size_in)

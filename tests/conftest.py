@@ -7,6 +7,7 @@ neither dtypes nor ranks on its own, and warnings are errors (pyproject.toml).
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(scope="session", autouse=True)
 def _compile_each_program_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Many tests jit the same computation anew; XLA then compiles it once a session (not across: no stale programs)."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a folder that all workers see
+        base = base.parent
+    jax.config.update("jax_compilation_cache_dir", str(base / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

@@ -115,16 +115,19 @@ def selected_log_probs(hidden, head, targets, *, chunk_size, bias=None, soft_cap
     return jnp.take_along_axis(log_p, targets[:, None], axis=1)[:, 0], entropy, jax.nn.logsumexp(logits, axis=-1)
 
 
-def lora_linear(x, weight, bias, lora_A, lora_B, *, scale, dropout, dropout_key):
+def lora_linear(x, weight, bias, lora_A, lora_B, *, scale, dropout, dropout_key, row_scale=None):
     if hasattr(weight, "codes"):
         weight = nf4_dequantize(weight.codes, weight.absmax, None, None, layer=None, dtype=None)
+    lora_x = x
+    if dropout and lora_A is not None:
+        mask = jax.random.bernoulli(dropout_key, np.float32(1 - dropout), x.reshape(-1, x.shape[-1]).shape)
+        lora_x = jnp.where(mask.reshape(x.shape), x, 0) / (1 - dropout)
     y = x @ weight.T
     if lora_A is not None:
-        lora_x = x
-        if dropout:
-            mask = jax.random.bernoulli(dropout_key, np.float32(1 - dropout), x.reshape(-1, x.shape[-1]).shape)
-            lora_x = jnp.where(mask.reshape(x.shape), x, 0) / (1 - dropout)
         y = y + scale * lora_x @ lora_A.T @ lora_B.T
+    if row_scale is not None:  # peft's DoRA, whose base sees the dropped input, too, but for 1 of row_scale
+        magnitude = jnp.broadcast_to(row_scale, y.shape)
+        y = x @ weight.T + (magnitude - 1) * (lora_x @ weight.T) + magnitude * (scale * lora_x @ lora_A.T @ lora_B.T)
     return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
 
 
@@ -142,14 +145,15 @@ def lora_mlp(x, *, activation, dropout, recompute, tile, **parameters):
     return _lora_part(gated_activation(gate, up, activation=activation), "down", parameters, dropout)
 
 
-def nf4_dequantize(codes, absmax, nested_absmax, nested_offset, layer, dtype):
+def nf4_dequantize(codes, absmax, nested_absmax, nested_offset, layer, dtype, row_scale=None):
     if layer is not None:
         codes, absmax, nested_absmax, nested_offset = (x[layer] for x in (codes, absmax, nested_absmax, nested_offset))
     if nested_absmax is not None:
         scales = jnp.repeat(nested_absmax, 256)[: absmax.shape[0]]
         absmax = jnp.asarray(NESTED_QUANT_MAP, scales.dtype)[absmax] * scales + nested_offset
     values = jnp.asarray(QUANT_MAP, absmax.dtype)[jnp.stack([codes // 16, codes % 16], axis=-1)]
-    return values.reshape(codes.shape[0], -1) * jnp.repeat(absmax, 64)[: values.size].reshape(codes.shape[0], -1)
+    w = values.reshape(codes.shape[0], -1) * jnp.repeat(absmax, 64)[: values.size].reshape(codes.shape[0], -1)
+    return w if row_scale is None else w * row_scale[:, None]
 
 
 def nf4_quantize(w, double_quantization):

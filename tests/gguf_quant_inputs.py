@@ -81,3 +81,10 @@ INPUTS: dict[str, Callable[[], np.ndarray]] = {
 def matrix(name: str) -> np.ndarray:
     """The input of that name, float32 [rows, COLUMNS]."""
     return INPUTS[name]().astype(np.float32)
+
+
+def importance(columns: int = COLUMNS) -> np.ndarray:
+    """Mean squares of each column's inputs, float32 [columns]: heavy-tailed, and every ninth is zero."""
+    values = np.exp(2 * np.random.default_rng(9).standard_normal(columns)).astype(np.float32)
+    values[::9] = 0
+    return values

@@ -6,7 +6,7 @@ The shared libraries come from one package and matching cffi declarations from a
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,20 @@ class LlamaCpp:
         finally:
             self.lib.llama_model_free(model)
 
-    def quantize(self, source: Path, target: Path, file_type: int) -> None:
-        """llama.cpp's own quantization of a GGUF file; `file_type` is a `gguf.LlamaFileType`."""
+    def quantize(
+        self, source: Path, target: Path, file_type: int, importance: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """llama.cpp's own quantization of a GGUF file; `file_type` is a `gguf.LlamaFileType`, `importance` mean squares
+        by tensor."""
         parameters = self.lib.llama_model_quantize_default_params()
         parameters.ftype, parameters.nthread, parameters.allow_requantize = file_type, 2, True
+        entries = self.ffi.new("struct llama_model_imatrix_data[]", len(importance or {}) + 1)
+        kept = []  # what the entries point to
+        for entry, (name, values) in zip(entries, (importance or {}).items(), strict=False):
+            kept += [self.ffi.new("char[]", name.encode()), self.ffi.from_buffer("float[]", values)]
+            entry.name, entry.data, entry.size = *kept[-2:], values.size
+        if importance:
+            parameters.imatrix = entries
         self.messages.clear()
         assert (
             self.lib.llama_model_quantize(str(source).encode(), str(target).encode(), self.ffi.addressof(parameters))

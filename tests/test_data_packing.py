@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import subprocess
 import sys
 
@@ -147,17 +149,43 @@ def test_unpacked_and_unshuffled_rows_keep_their_order():
     assert [d for batch in loader for d in documents(batch)] == expected_documents(examples)
 
 
-def test_any_step_can_be_started_from():
+def test_a_run_goes_on_where_it_was():
     loader = BatchLoader(make_examples(instruction_mix(40)), batch_size=2, max_seq_length=1024, epochs=3)
-    whole = list(loader)
+    whole = [loader[step] for step in range(len(loader))]
     for start in (0, 1, loader.steps_per_epoch, len(loader) - 1, len(loader)):
-        rest = list(loader.batches(start))
+        batches = iter(loader)
+        assert len(list(itertools.islice(batches, start))) == start
+        state = json.loads(json.dumps(batches.get_state()))
+        resumed = iter(loader)
+        next(resumed)  # also one that has begun, and has read ahead
+        resumed.set_state(state)
+        rest = list(resumed)
         assert len(rest) == len(loader) - start
         for batch, expected in zip(rest, whole[start:], strict=True):
             assert all((a == b).all() for a, b in zip(batch, expected, strict=True))
     for step in (-1, len(loader)):
         with pytest.raises(IndexError):
             loader[step]
+
+
+@pytest.mark.parametrize(
+    ("settings", "lengths", "message"),
+    [
+        ({"seed": 1}, [4, 4, 2], r"^data position: .*: seed 0 \(now 1\)\. Resume"),
+        (
+            {"batch_size": 2, "packing": False},
+            [4, 4, 2],
+            r": packing True \(now False\), shape \[1, 1\] \(now \[1, 2\]\)",
+        ),
+        ({}, [4, 2, 4], r": lengths \d+ \(now \d+\)\."),
+    ],
+)
+def test_a_state_of_another_run_is_refused(settings: dict[str, object], lengths: list[int], message: str):
+    usual = {"batch_size": 1, "max_seq_length": 8}
+    state = iter(BatchLoader(make_examples([4, 4, 2]), **usual)).get_state()
+    iter(BatchLoader(make_examples([4, 4, 2]), **usual, epochs=2)).set_state(state)  # more epochs are no other run
+    with pytest.raises(JaxftError, match=message):
+        iter(BatchLoader(make_examples(lengths), **usual | settings)).set_state(state)
 
 
 def test_the_last_step_is_filled_with_padding():

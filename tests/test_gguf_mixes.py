@@ -17,6 +17,7 @@ from converters.gguf_header import read_header
 from converters.gguf_import import GGUFCheckpoint
 from converters.gguf_mixes import MIXES, choose_types
 from converters.hf_load import HFCheckpoint
+from converters.imatrix import ImportanceMatrix
 from gguf_mix_cases import MODELS, compact, shapes_and_facts
 from jaxft.fetch import Pinned
 from llamacpp import LlamaCpp
@@ -42,18 +43,34 @@ def llama(unpacked: Callable[[Pinned], Path]) -> LlamaCpp:
     return LlamaCpp(unpacked(LLAMA_CPP), unpacked(LLAMA_CPP_DECLARATIONS))
 
 
-def compare(checkpoint: Checkpoint, mix: str, folder: Path, llama: LlamaCpp, types: dict[str, str]) -> None:
+def compare(
+    checkpoint: Checkpoint,
+    mix: str,
+    folder: Path,
+    llama: LlamaCpp,
+    types: dict[str, str] | None,
+    importance: ImportanceMatrix | None = None,
+) -> None:
     """Our file and llama.cpp's of the same F32 file: the same metadata, types, bytes of every tensor, and size."""
     exact, ours, theirs = (folder / name for name in ("f32.gguf", "ours.gguf", "theirs.gguf"))
     if not exact.exists():
         write_gguf(checkpoint, exact, "f32")
-    llama.quantize(exact, theirs, MIXES[mix].file_type)
-    write_gguf(checkpoint, ours, mix, overwrite=True)
+    if importance is None:
+        llama.quantize(exact, theirs, MIXES[mix].file_type)
+        write_gguf(checkpoint, ours, mix, overwrite=True)
+    else:
+        shapes = {name: entry.shape for name, entry in read_header(exact).tensors.items() if name in importance.sums}
+        means = {name: importance.of(name, shape, "x") for name, shape in shapes.items()}
+        llama.quantize(exact, theirs, MIXES[mix].file_type, means)
+        write_gguf(checkpoint, ours, mix, importance=(folder / "imatrix.gguf", importance), overwrite=True)
     header, reference = read_header(ours), read_header(theirs)
+    for key in [key for key in header.metadata if key.startswith("quantize.imatrix.")]:
+        del header.metadata[key]  # llama.cpp's command line writes them, not its library
     assert header.metadata.keys() == reference.metadata.keys()
     for key, value in header.metadata.items():
         assert np.array_equal(value, reference.metadata[key]), key
-    assert compact({name: entry.type.name for name, entry in reference.tensors.items()}) == types
+    if types is not None:
+        assert compact({name: entry.type.name for name, entry in reference.tensors.items()}) == types
     assert header.tensors.keys() == reference.tensors.keys()
     different = [
         name
@@ -62,7 +79,8 @@ def compare(checkpoint: Checkpoint, mix: str, folder: Path, llama: LlamaCpp, typ
         or gguf_files.raw_bytes(ours, header, name) != gguf_files.raw_bytes(theirs, reference, name)
     ]
     assert different == []
-    assert ours.stat().st_size == theirs.stat().st_size
+    if importance is None:
+        assert ours.stat().st_size == theirs.stat().st_size
 
 
 @pytest.mark.slow
@@ -78,3 +96,20 @@ def test_files_are_llamacpps(model: str, make_tiny_hf: Any, tmp_path: Path, llam
 @pytest.mark.parametrize("mix", ["q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k", "iq4_xs"])
 def test_smollm2_is_llamacpps(mix: str, smollm2_gguf: Path, tmp_path: Path, llama: LlamaCpp) -> None:
     compare(GGUFCheckpoint(smollm2_gguf), mix, tmp_path, llama, VECTORS["smollm2"][mix])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["whole_blocks", "odd_rows"])
+def test_files_with_importance_are_llamacpps(model: str, make_tiny_hf: Any, tmp_path: Path, llama: LlamaCpp) -> None:
+    """All mixes, of which some choose other types with an importance matrix; one tensor is not in it."""
+    checkpoint = HFCheckpoint(make_tiny_hf(tmp_path / "hf", **MODELS[model]))
+    shapes, _ = shapes_and_facts(MODELS[model])
+    rng = np.random.default_rng(0)
+    sums = {
+        name: rng.exponential(1, (1, shape[-1])).astype(np.float32) * 7
+        for name, shape in shapes.items()
+        if len(shape) > 1 and name.startswith("blk.") and name != "blk.1.attn_k.weight"
+    }
+    importance = ImportanceMatrix(sums, {name: np.full(1, 7, np.float32) for name in sums}, "random", 7, 1)
+    for mix in VECTORS[model]:
+        compare(checkpoint, mix, tmp_path, llama, None, importance)

@@ -15,9 +15,10 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from converters import gguf_quants
-from converters.gguf_quants import QUANTIZABLE, quantize
-from gguf_quant_inputs import COLUMNS, INPUTS, TYPES, matrix
+from converters.gguf_quants import QUANTIZABLE, WEIGHTED, quantize
+from gguf_quant_inputs import COLUMNS, INPUTS, TYPES, importance, matrix
 
+WEIGHTED_VECTORS = json.loads((Path(__file__).parent / "vectors/gguf_weighted_quants.json").read_text())
 VECTORS = json.loads((Path(__file__).parent / "vectors/gguf_quants.json").read_text())
 
 
@@ -36,6 +37,24 @@ def test_every_type_is_among_the_cases() -> None:
 @by_type
 def test_bytes_are_ggmls(kind: GGMLQuantizationType) -> None:
     assert {name: sha256(quantize(matrix(name), kind)) for name in INPUTS} == VECTORS[kind.name]
+
+
+@pytest.mark.parametrize("kind", sorted(WEIGHTED), ids=lambda kind: kind.name)
+def test_weighted_bytes_are_ggmls(kind: GGMLQuantizationType) -> None:
+    digest = hashlib.sha256()
+    for name in INPUTS:
+        digest.update(quantize(matrix(name), kind, importance()).tobytes())
+    assert digest.hexdigest() == WEIGHTED_VECTORS[kind.name]
+
+
+def test_importance_of_each_expert_and_of_types_that_do_without() -> None:
+    x, weights = matrix("bell")[:6].reshape(2, 3, COLUMNS), np.stack([importance(), importance()[::-1]])
+    found = quantize(x, GGMLQuantizationType.Q4_K, weights)
+    for expert in range(2):
+        np.testing.assert_array_equal(found[expert], quantize(x[expert], GGMLQuantizationType.Q4_K, weights[expert]))
+    assert (found != quantize(x, GGMLQuantizationType.Q4_K)).any()
+    for kind in QUANTIZABLE - WEIGHTED:
+        np.testing.assert_array_equal(quantize(x[0], kind, weights[0]), quantize(x[0], kind))
 
 
 @by_type
@@ -117,6 +136,10 @@ def test_against_libgguf(kind: GGMLQuantizationType) -> None:
     for name, sample in samples.items():
         x = sample.astype(np.float32)
         np.testing.assert_array_equal(quantize(x, kind), libgguf.quantize_rows(x, int(kind)), err_msg=name)
+        if kind in WEIGHTED:
+            weights = importance(shape[1])
+            theirs = libgguf.quantize_rows(x, int(kind), imatrix=weights)
+            np.testing.assert_array_equal(quantize(x, kind, weights), theirs, err_msg=name)
     x = samples["normal"].astype(np.float32)
     decoded = libgguf.dequantize_rows(quantize(x, kind), int(kind), shape[1])
     error = np.sqrt(np.mean(np.square(decoded - x)) / np.mean(np.square(x)))

@@ -109,6 +109,26 @@ def test_clipping_happens_and_is_counted() -> None:
     assert totals[0.2] != totals[1e6]
 
 
+@pytest.mark.parametrize("settings", CASES[:1] + CASES[-2:], ids=name_of)
+def test_rows_of_one_completion_need_no_segment_ids(settings: PolicyLoss) -> None:
+    """Their padding is not learnt, so it changes nothing that it counts as theirs."""
+    batch = policy_batch()
+    one = np.where(batch.text.segment_ids == 1, batch.text.loss_mask, 0)
+    text = batch.text._replace(segment_ids=(batch.text.segment_ids == 1).astype(np.int32), loss_mask=one)
+    new = random_log_probs(text, 1)
+    batch = PolicyBatch(text, MASK[:, :1], batch.advantages[:, :1], near(text, new, 2))
+
+    def found(log_probs: jax.Array, batch: PolicyBatch) -> Any:
+        total, weight, metrics = of_tokens(TokenLogProbs(log_probs, log_probs), None, batch, settings)
+        return total / weight, {name: x for name, x in metrics.items() if isinstance(x, tuple)}
+
+    gradient = jax.value_and_grad(found, has_aux=True)
+    without = batch._replace(text=text._replace(segment_ids=None))
+    got, want = (in_float64(gradient, new, each) for each in (without, batch))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12), got, want)
+    assert np.abs(want[1]).max() > 1e-3
+
+
 def test_without_old_log_probs_the_policy_is_its_own() -> None:
     """The ratio is 1 and the gradient that of REINFORCE: -A for each token."""
     batch = policy_batch()

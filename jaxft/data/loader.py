@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
 from jaxft.data.batch import Batch, Example, lay_out
+from jaxft.data.iteration import BatchIterator, iterate
 from jaxft.data.packing import pack
 from jaxft.errors import JaxftError
 
@@ -39,12 +41,12 @@ class LayoutReport:
 
 
 class BatchLoader:
-    """Batches by step number: ``loader[step]`` is a Batch of [A, B, T], and ``loader.batches(start)`` resumes.
+    """Batches by step number: ``loader[step]`` is a Batch of [A, B, T], and ``iter(loader)`` can be resumed.
 
     Each epoch uses every document exactly once, in an order that depends only on (seed, epoch), so a step's number is
     all the state there is. Packed rows are made anew each epoch from shuffled documents; how many there are depends on
     the lengths alone, so the number of steps is known up front. The last step of an epoch is filled up with rows of
-    padding, whose loss_mask is 0. (``len`` and ``[]`` are also what grain takes as a data source.)
+    padding, whose loss_mask is 0.
 
     Args:
       examples: the documents.
@@ -113,12 +115,15 @@ class BatchLoader:
         batch = lay_out(self.examples, rows + [[]] * (n_rows - len(rows)), self._row_length(rows))
         return Batch(*(array.reshape(*self.shape, -1) for array in batch))
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self.batches()
+    def __iter__(self) -> BatchIterator:
+        return iterate(self)
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
-        """The batches from step `start` on."""
-        return (self[step] for step in range(start, len(self)))
+    @property
+    def order(self) -> dict[str, object]:
+        """What decides which documents each step has; see `jaxft.data.iteration.RandomAccess`."""
+        names = ("shape", "max_seq_length", "packing", "seed", "shuffle", "max_segments", "pad_to_multiple_of")
+        settings = {name: getattr(self, name) for name in names}
+        return {**settings, "documents": len(self.examples), "lengths": zlib.crc32(self._lengths.tobytes())}
 
     def _epoch_rows(self, epoch: int) -> list[list[int]]:
         """The rows of an epoch as indices of documents; the latest epoch's are kept."""

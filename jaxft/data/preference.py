@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 from jaxft.data.batch import Batch, Example, PairBatch, Pairs, lay_out
 from jaxft.data.chat import RowTokenizer
 from jaxft.data.formats import parse_row, read_objects
+from jaxft.data.iteration import BatchIterator, iterate
 from jaxft.data.packing import pack
 from jaxft.errors import JaxftError
 
@@ -153,12 +155,15 @@ class PairLoader:
         """Steps over all epochs."""
         return self.steps_per_epoch * self.epochs
 
-    def __iter__(self) -> Iterator[PairBatch]:
-        return self.batches()
+    def __iter__(self) -> BatchIterator:
+        return iterate(self)
 
-    def batches(self, start: int = 0) -> Iterator[PairBatch]:
-        """The batches from step `start` on."""
-        return (self[step] for step in range(start, len(self)))
+    @property
+    def order(self) -> dict[str, object]:
+        """What decides which pairs each step has; see `jaxft.data.iteration.RandomAccess`."""
+        names = ("shape", "max_seq_length", "pairs_per_row", "seed")
+        settings = {name: getattr(self, name) for name in names}
+        return {**settings, "pairs": len(self.pairs), "lengths": zlib.crc32(self._lengths.tobytes())}
 
     def indices(self, step: int) -> np.ndarray:
         """int [A, B, P]: which pair is in each place of a step, -1 where none is."""

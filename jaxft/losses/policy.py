@@ -112,6 +112,8 @@ def of_tokens(
     """`policy` of the targets' log-probabilities [B, T]."""
     learnt = batch.text.loss_mask != 0
     segment_ids, sequences = batch.text.segment_ids, batch.sequence_mask.shape[1]
+    if segment_ids is None:  # one completion a row, whose padding `loss_mask` leaves out
+        segment_ids = jnp.ones_like(batch.text.tokens)
     one = jnp.where(learnt, jnp.ones_like(tokens.log_prob), 0)
     length_BS = sequence_sums(one, segment_ids, sequences)
     advantage_BT = per_token(batch.advantages, segment_ids)

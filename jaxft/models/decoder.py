@@ -177,12 +177,28 @@ class Decoder(nnx.Module):
         cache: KVCache | None,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, KVCache | None]:
+        hidden_BTD, cache = self.run_layers(self.embed(tokens), positions, segment_ids, cache, dropout_key)
+        return self.model.norm(hidden_BTD), cache
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """What the first layer reads, [B, T, D], of tokens int32 [B, T]."""
+        return self.model.embed_tokens(tokens)
+
+    def run_layers(
+        self,
+        hidden_BTD: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        cache: KVCache | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """The layers alone, between `embed` and the final norm: (hidden [B, T, D], the new cache)."""
         cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
         info = SequenceInfo(cos, sin, positions, segment_ids)
-        carry = (self.model.embed_tokens(tokens), cache)
+        carry = (hidden_BTD, cache)
         for segment in segments(self.config, self.remat):
             carry = self._run_segment(segment, carry, info, dropout_key)
-        return self.model.norm(carry[0]), carry[1]
+        return carry
 
     def _run_segment(
         self, segment: Segment, carry: tuple[jax.Array, Any], info: SequenceInfo, dropout_key: jax.Array | None

@@ -35,8 +35,8 @@ class QTensor(Protocol):
         """A view of one weight of a stack: the same arrays, read at an index when the weight is decoded."""
         ...
 
-    def dequantize(self, dtype: Any) -> jax.Array:
-        """The weight [out, in] in `dtype`."""
+    def dequantize(self, dtype: Any, row_scale: jax.Array | None = None) -> jax.Array:
+        """The weight [out, in] in `dtype`, its rows times `row_scale` (float32 [out]) where there is one."""
         ...
 
     def matmul(self, x: jax.Array) -> jax.Array:

@@ -98,9 +98,9 @@ class NF4Tensor:
     def is_view(self) -> bool:
         return self.layer is not None
 
-    def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
-        """The weight [out, in] in `dtype`, rounded once from float32."""
-        return nf4.dequantize(**self.nf4_arguments(), dtype=dtype)
+    def dequantize(self, dtype: Any = jnp.float32, row_scale: jax.Array | None = None) -> jax.Array:
+        """The weight [out, in] in `dtype`, its rows times `row_scale` (float32 [out]), rounded once from float32."""
+        return nf4.dequantize(**self.nf4_arguments(), dtype=dtype, row_scale=row_scale)
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """x [T, in] times the weight's transpose, [T, out] in x's dtype; a GPU decodes the weight while it reads it."""

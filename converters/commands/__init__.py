@@ -1,0 +1,1 @@
+"""The commands of `jaxft-convert`, each a dataclass whose fields are its arguments; `converters.cli` lists them."""
