@@ -11,6 +11,7 @@ from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.lora_linear import lora_linear, lora_qkv
 from pallas_kernels.lora_mlp import lora_mlp
 from pallas_kernels.lora_parts import LoraWeights, decoded, row_norms
+from pallas_kernels.nf4_linears import nf4_linears
 from pallas_kernels.nf4_matmul import nf4_matmul
 from pallas_kernels.op import OPS, Case, Choice, Explanation, Implementation, ImplementationError, Op, explain
 from pallas_kernels.rms_norm import add_rms_norm, rms_norm
@@ -40,6 +41,7 @@ __all__ = [
     "lora_mlp",
     "lora_qkv",
     "nf4",
+    "nf4_linears",
     "nf4_matmul",
     "rms_norm",
     "rope",

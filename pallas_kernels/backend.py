@@ -19,6 +19,7 @@ warnings.filterwarnings("ignore", message=".*Pallas.*Triton.*deprecated", catego
 load = triton.load
 store = triton.store
 program_id = pl.program_id
+when = pl.when
 ds = pl.ds
 
 PLATFORMS = ("cpu", "gpu")
@@ -34,6 +35,13 @@ def dot(x: jax.Array, y: jax.Array, *, trans_x: bool = False, trans_y: bool = Fa
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     contract = ((0 if trans_x else 1,), (1 if trans_y else 0,))
     return jax.lax.dot_general(x, y, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+def fma(x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
+    """float32 x * y + z, rounded once, which Triton does not make of product and sum; interpreted, rounded twice."""
+    if _interpreting.get():
+        return x * y + z
+    return _assembly("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", jnp.float32, x, y, z)
 
 
 def look_up_16(entry: Callable[[jax.Array], jax.Array], index: jax.Array) -> jax.Array:

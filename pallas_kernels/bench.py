@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels as pk
-from pallas_kernels import adamw_8bit
+from pallas_kernels import adamw_8bit, nf4
 from pallas_kernels.lora_linear import Packed
 from pallas_kernels.lora_parts import LoraWeights, flatten
 from pallas_kernels.op import OPS
@@ -240,6 +240,7 @@ def benchmarks(sizes: Sizes | None = None) -> Iterator[Benchmark]:
     yield from _rotations(s)
     yield from _activations(s)
     yield from _decoding(s)
+    yield from _gate_and_up(s)
     yield from _linears(s)
     yield from _losses(s)
     yield from _attentions(s)
@@ -315,6 +316,26 @@ def _decoding(s: Sizes) -> Iterator[Benchmark]:
                 return {**normals(key, x=(tokens, shape[1])), **random_nf4(key, *shape)._asdict()}
 
             yield Benchmark("nf4_matmul", f"{tokens} x {shape[1]} -> {shape[0]}", "forward", matmul, gigabytes=stored)
+
+
+def _gate_and_up(s: Sizes) -> Iterator[Benchmark]:
+    """The two largest linears of a decoding step, with adapters and activation."""
+
+    def make(key: jax.Array) -> dict[str, Any]:
+        def linear(key: jax.Array) -> LoraWeights:
+            keys = jax.random.split(key, 3)
+            factors = normals(keys[0], lora_A=(s.rank, s.hidden), lora_B=(s.intermediate, s.rank))
+            return LoraWeights(nf4.Weight(*random_nf4(keys[1], s.intermediate, s.hidden)), None, **factors)
+
+        keys = jax.random.split(key, 3)
+        return {
+            **normals(keys[0], x=(1, s.hidden)),
+            "linears": (linear(keys[1]), linear(keys[2])),
+            "activation": "silu",
+        }
+
+    stored = 2 * s.hidden * s.intermediate * (0.5 + 1 / 64) / 1e9
+    yield Benchmark("nf4_linears", f"1 x {s.hidden} -> 2 x {s.intermediate}", "forward", make, gigabytes=stored)
 
 
 def adapted(key: jax.Array, sizes: Sizes, **shapes: tuple[int, int]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def _check(op: str, activation: str, *arrays: jax.Array) -> None:
 def _reference(
     gate: jax.Array, up: jax.Array, *, activation: str = "silu", alpha: float = 1.702, limit: float = 7.0
 ) -> jax.Array:
-    return _recomputing(gate, up, _Kind(activation, alpha, limit))
+    return _recomputing(gate, up, Kind(activation, alpha, limit))
 
 
 def _plain(gate: jax.Array, up: jax.Array, *, activation: str, alpha: float, limit: float) -> jax.Array:
@@ -160,16 +160,16 @@ def _reference_backward(
     return h, *pull_back(g)
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
     """Which function of gate and up."""
 
     activation: str
-    alpha: float
-    limit: float
+    alpha: float = 1.702
+    limit: float = 7.0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _recomputing(gate, up, kind: _Kind):
+def _recomputing(gate, up, kind: Kind):
     """`_plain`, but kept for the backward pass are gate and up only: autodiff would keep several float32 arrays."""
     return _plain(gate, up, **kind._asdict())
 
@@ -198,7 +198,7 @@ def _sigmoid(x: jax.Array) -> jax.Array:
     return 1 / (1 + jnp.exp(-x))
 
 
-def _activation_and_slope(x: jax.Array, kind: _Kind) -> tuple[jax.Array, jax.Array]:
+def _activation_and_slope(x: jax.Array, kind: Kind) -> tuple[jax.Array, jax.Array]:
     """float32 x -> (act(x), act'(x)); a kernel that uses only one of them computes only that one."""
     if kind.activation == "gelu":
         return _gelu_and_slope(x)
@@ -223,12 +223,18 @@ def _gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x * phi, phi + x * gaussian * (1 / math.sqrt(2 * math.pi))
 
 
-def _clamped(gate: jax.Array, up: jax.Array, kind: _Kind) -> tuple[jax.Array, jax.Array]:
+def _clamped(gate: jax.Array, up: jax.Array, kind: Kind) -> tuple[jax.Array, jax.Array]:
     """(what the activation is taken of, what it is multiplied by)."""
     if kind.activation != "clamped_swiglu":
         return gate, up
     up = jnp.where(up > kind.limit, kind.limit, jnp.where(up < -kind.limit, -kind.limit, up))
     return jnp.where(gate > kind.limit, kind.limit, gate), up + 1
+
+
+def activated(gate: jax.Array, up: jax.Array, kind: Kind) -> jax.Array:
+    """In a kernel: act(gate) * up of float32 values."""
+    x, factor = _clamped(gate, up, kind)
+    return _activation_and_slope(x, kind)[0] * factor
 
 
 def _block_index(columns: int, block: int) -> tuple[tuple[Any, Any], jax.Array | None]:
@@ -238,30 +244,28 @@ def _block_index(columns: int, block: int) -> tuple[tuple[Any, Any], jax.Array |
     return (backend.program_id(1), backend.ds(start, block)), mask
 
 
-def _gated_activation_forward(gate_ref, up_ref, out_ref, *, kind: _Kind, block: int) -> None:
+def _gated_activation_forward(gate_ref, up_ref, out_ref, *, kind: Kind, block: int) -> None:
     index, mask = _block_index(out_ref.shape[-1], block)
     gate, up = (backend.load(ref.at[index], mask=mask).astype(jnp.float32) for ref in (gate_ref, up_ref))
-    x, factor = _clamped(gate, up, kind)
-    activated, _ = _activation_and_slope(x, kind)
-    backend.store(out_ref.at[index], (activated * factor).astype(out_ref.dtype), mask=mask)
+    backend.store(out_ref.at[index], activated(gate, up, kind).astype(out_ref.dtype), mask=mask)
 
 
-def _gated_activation_backward(gate_ref, up_ref, g_ref, d_gate_ref, d_up_ref, *h_refs, kind: _Kind, block: int) -> None:
+def _gated_activation_backward(gate_ref, up_ref, g_ref, d_gate_ref, d_up_ref, *h_refs, kind: Kind, block: int) -> None:
     index, mask = _block_index(g_ref.shape[-1], block)
     gate, up, g = (backend.load(ref.at[index], mask=mask).astype(jnp.float32) for ref in (gate_ref, up_ref, g_ref))
     x, factor = _clamped(gate, up, kind)
-    activated, slope = _activation_and_slope(x, kind)
-    d_gate, d_up = g * factor * slope, g * activated
+    value, slope = _activation_and_slope(x, kind)
+    d_gate, d_up = g * factor * slope, g * value
     if kind.activation == "clamped_swiglu":
         d_gate = jnp.where(gate > kind.limit, 0.0, d_gate)
         d_up = jnp.where(jnp.abs(up) > kind.limit, 0.0, d_up)
     backend.store(d_gate_ref.at[index], d_gate.astype(d_gate_ref.dtype), mask=mask)
     backend.store(d_up_ref.at[index], d_up.astype(d_up_ref.dtype), mask=mask)
     for h_ref in h_refs:
-        backend.store(h_ref.at[index], (activated * factor).astype(h_ref.dtype), mask=mask)
+        backend.store(h_ref.at[index], (value * factor).astype(h_ref.dtype), mask=mask)
 
 
-def _call(kernel, arrays: tuple[jax.Array, ...], out_dtypes: tuple[Any, ...], kind: _Kind, tiling: _Tiling, aliases):
+def _call(kernel, arrays: tuple[jax.Array, ...], out_dtypes: tuple[Any, ...], kind: Kind, tiling: _Tiling, aliases):
     """Runs a kernel over blocks of arrays that have one shape: whole blocks where they divide the size, else rows."""
     shape = arrays[0].shape
     size = math.prod(shape)
@@ -282,7 +286,7 @@ def _call(kernel, arrays: tuple[jax.Array, ...], out_dtypes: tuple[Any, ...], ki
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _kernel_call(gate, up, kind: _Kind, tiling: _Tiling):
+def _kernel_call(gate, up, kind: Kind, tiling: _Tiling):
     (h,) = _call(_gated_activation_forward, (gate, up), (up.dtype,), kind, tiling, {})
     return h
 
@@ -299,7 +303,7 @@ def _kernel_call_bwd(kind, tiling, residuals, g):
 _kernel_call.defvjp(_kernel_call_fwd, _kernel_call_bwd)
 
 
-def _backward_kernel_call(gate, up, g, kind: _Kind, tiling: _Tiling, *, with_h: bool) -> tuple[jax.Array, ...]:
+def _backward_kernel_call(gate, up, g, kind: Kind, tiling: _Tiling, *, with_h: bool) -> tuple[jax.Array, ...]:
     """(d_gate, d_up) or, with h, (d_gate, d_up, h)."""
     dtypes = (gate.dtype, up.dtype, up.dtype) if with_h else (gate.dtype, up.dtype)
     aliases = {i: i for i in range(len(dtypes))} if tiling.in_place else {}
@@ -309,7 +313,7 @@ def _backward_kernel_call(gate, up, g, kind: _Kind, tiling: _Tiling, *, with_h: 
 def _pallas(
     gate: jax.Array, up: jax.Array, *, activation: str = "silu", alpha: float = 1.702, limit: float = 7.0
 ) -> jax.Array:
-    return _kernel_call(gate, up, _Kind(activation, alpha, limit), _Tiling())
+    return _kernel_call(gate, up, Kind(activation, alpha, limit), _Tiling())
 
 
 def _pallas_backward(
@@ -321,7 +325,7 @@ def _pallas_backward(
     alpha: float = 1.702,
     limit: float = 7.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    kind = _Kind(activation, alpha, limit)
+    kind = Kind(activation, alpha, limit)
     d_gate, d_up, h = _backward_kernel_call(gate, up, g.astype(up.dtype), kind, _Tiling(), with_h=True)
     return h, d_gate, d_up
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import nf4
+from pallas_kernels import nf4, nf4_linears
 from pallas_kernels.lora_parts import (
     LoraWeights,
     add_bias,
@@ -127,7 +127,9 @@ def lora_qkv(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linears(dropout: float, x: jax.Array, linears: tuple[LoraWeights, ...]) -> tuple[jax.Array, ...]:
     """Linears that share x [T, in]."""
-    return _forward(dropout, x, linears, packed=True)[0]
+    if nf4_linears.takes(x, linears):
+        return nf4_linears.nf4_linears(x, linears)
+    return _forward(dropout, x, nf4_linears.plain(linears), packed=True)[0]
 
 
 def _forward(

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import nf4_linears
 from pallas_kernels.gated_activation import gated_activation, gated_activation_backward
 from pallas_kernels.lora_linear import case_differentiable, case_weights
 from pallas_kernels.lora_parts import (
@@ -139,7 +140,10 @@ class _Kept(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mlp(static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...]) -> jax.Array:
     """x [T, in] -> [T, out]."""
-    return _forward(static, x, linears, packed=True)[0]
+    if nf4_linears.takes(x, linears):
+        (h,) = nf4_linears.nf4_linears(x, linears[:2], activation=static.activation)
+        return nf4_linears.nf4_linears(h, linears[2:])[0]
+    return _forward(static, x, nf4_linears.plain(linears), packed=True)[0]
 
 
 def _gate_and_up(static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...], *, packed: bool = False) -> _Kept:

@@ -306,6 +306,22 @@ def _pallas(
     return values.reshape(rows, half * 2)
 
 
+class Weight(NamedTuple):
+    """The arrays of a weight, as `dequantize` takes them."""
+
+    codes: jax.Array
+    absmax: jax.Array
+    nested_absmax: jax.Array | None = None
+    nested_offset: jax.Array | None = None
+    layer: jax.Array | int | None = None
+    quant_map: jax.Array | None = None
+    nested_quant_map: jax.Array | None = None
+
+    def nf4_arguments(self) -> dict[str, Any]:
+        """The arguments of `dequantize`."""
+        return self._asdict() | {"block_size": BLOCK_SIZE, "nested_block_size": NESTED_BLOCK_SIZE}
+
+
 class Stack(NamedTuple):
     """What a kernel reads, as arrays or refs: each with a leading axis [L], codes as int32 words; the layer to read."""
 
@@ -353,16 +369,31 @@ def as_stack(
     )
 
 
-def load_scales(
+class FetchedAbsmax(NamedTuple):
+    """What a kernel has loaded of some blocks' absmax; `nested` None: stored as they are."""
+
+    absmax: jax.Array
+    nested: jax.Array | None
+
+
+def fetch_absmax(
     stack: Stack, layer: jax.Array, block: jax.Array, nested_block_size: int, mask: jax.Array | None = None
-) -> jax.Array:
-    """In a kernel: the float32 absmax of the blocks with these indices, in the bits of `_absmax`."""
+) -> FetchedAbsmax:
+    """In a kernel: begins to load the absmax of the blocks with these indices."""
     other = None if mask is None else 0
     absmax = backend.load(stack.absmax.at[layer, block], mask=mask, other=other)
     if absmax.dtype == jnp.float32:
+        return FetchedAbsmax(absmax, None)
+    nested = backend.load(stack.nested_absmax.at[layer, block // nested_block_size], mask=mask, other=other)
+    return FetchedAbsmax(absmax, nested)
+
+
+def decode_absmax(stack: Stack, layer: jax.Array, fetched: FetchedAbsmax) -> jax.Array:
+    """In a kernel: the float32 absmax of fetched blocks, in the bits of `_absmax`."""
+    absmax, nested = fetched
+    if nested is None:
         return absmax
     nested_map = backend.load(stack.nested_quant_map.at[layer, absmax.astype(jnp.int32)])
-    nested = backend.load(stack.nested_absmax.at[layer, block // nested_block_size], mask=mask, other=other)
     # Kept apart from the sum as in `_absmax`: Triton, too, would contract them.
     finite = jnp.finfo(jnp.float32)
     product = jnp.clip(nested_map * nested, jnp.float32(finite.min), jnp.float32(finite.max))
@@ -381,7 +412,8 @@ def _nf4_dequantize(*refs: Any, words: int, block_words: int, row_words: int, ne
     shifts = jnp.broadcast_to((4 * (jax.lax.iota(jnp.int32, per_word) ^ 1))[None], shape)
     nibbles = jax.lax.shift_right_logical(jnp.broadcast_to(codes[:, None], shape), shifts) & 15
     values = backend.load(stack.quant_map.at[layer, nibbles])
-    scaled = values * load_scales(stack, layer, word // block_words, nested_block_size, mask)[:, None]
+    absmax = fetch_absmax(stack, layer, word // block_words, nested_block_size, mask)
+    scaled = values * decode_absmax(stack, layer, absmax)[:, None]
     for ref in row_scale:
         other = None if mask is None else 0
         scaled = scaled * backend.load(ref.at[word // row_words], mask=mask, other=other)[:, None]

@@ -1,57 +1,42 @@
 """A few tokens times an NF4 weight, decoded on the way to the multiplication: y = x W^T, for decoding text.
 
-With map and absmax of pallas_kernels/nf4.py, W[o, i] = map[codes[o, i]] * absmax[block of (o, i)]. Forward, for up to
-`MATVEC_TOKENS` tokens, on ordinary cores, each block's absmax taken out of the sum over the block:
-
-    y[m, o] = sum over blocks b of absmax[o, b] * (sum over i in b of map[codes[o, i]] * x[m, i])
-
-and for more tokens on tensor cores, W rounded to x's dtype as `nf4.dequantize(dtype=x.dtype)` does. A sum has no order,
-so an int32 word of eight codes is never unpacked: the kernels read x as [8, in / 8], where x[j] meets every word's j-th
-code. Sums are float32, rounded to x's dtype once.
+With map and absmax of pallas_kernels/nf4.py, W[o, i] = map[codes[o, i]] * absmax[block of (o, i)]. Up to
+`MATVEC_TOKENS` tokens run on ordinary cores (pallas_kernels/nf4_kernels.py), more on tensor cores, W rounded to x's
+dtype as `nf4.dequantize(dtype=x.dtype)` does and x read as [8, in / 8], where x[j] meets every int32 word's j-th code.
+Sums are float32, rounded to x's dtype once.
 
 Backward, for x only (the codes are frozen): dx = dy W, with W decoded again; nothing but the codes is kept.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import backend, nf4
+from pallas_kernels import backend, nf4, nf4_kernels
+from pallas_kernels.nf4_kernels import (
+    MATVEC_TOKENS,
+    PER_WORD,
+    Format,
+    Linear,
+    Tile,
+    fetch,
+    linears,
+    look_up,
+    power_of_two,
+    word_scales,
+)
 from pallas_kernels.op import Case, Choice, Implementation, Op, normal, register
 from pallas_kernels.precision import einsum_rounded
 
-PER_WORD = 2 * nf4.BYTES_PER_WORD  # codes in an int32 word
-MATVEC_TOKENS = 4
 MAX_TOKENS = 128
 LARGE_WEIGHT = 8192  # rows
 MULTIPROCESSORS = 132  # of an H100: programs that run at once
-
-
-class Weight(NamedTuple):
-    """The arrays of an NF4 weight, as `nf4.dequantize` takes them."""
-
-    codes: jax.Array
-    absmax: jax.Array
-    nested_absmax: jax.Array | None
-    nested_offset: jax.Array | None
-    layer: jax.Array | int | None
-    quant_map: jax.Array | None
-    nested_quant_map: jax.Array | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """What is static about an NF4 weight."""
-
-    block_size: int
-    nested_block_size: int
 
 
 def nf4_matmul(
@@ -110,13 +95,13 @@ def nf4_matmul(
 
 
 def _implementation(forward: Any, decode: str | None = None) -> Any:
-    """The op's function for a `(x [M, in], Weight, Format) -> y [M, out]`, with the gradient of x.
+    """The op's function for a `(x [M, in], nf4.Weight, Format) -> y [M, out]`, with the gradient of x.
 
     `decode` is the implementation of `nf4.dequantize` that the backward runs; None means the fastest.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-    def product(x: jax.Array, weight: Weight, format: Format) -> jax.Array:
+    def product(x: jax.Array, weight: nf4.Weight, format: Format) -> jax.Array:
         return forward(x, weight, format)
 
     product.defvjp(lambda x, weight, format: (forward(x, weight, format), weight), functools.partial(_backward, decode))
@@ -134,7 +119,7 @@ def _implementation(forward: Any, decode: str | None = None) -> Any:
         block_size: int = nf4.BLOCK_SIZE,
         nested_block_size: int = nf4.NESTED_BLOCK_SIZE,
     ) -> jax.Array:
-        weight = Weight(codes, absmax, nested_absmax, nested_offset, layer, quant_map, nested_quant_map)
+        weight = nf4.Weight(codes, absmax, nested_absmax, nested_offset, layer, quant_map, nested_quant_map)
         tokens = math.prod(x.shape[:-1])
         y: Any = product(x.reshape(tokens, x.shape[-1]), weight, Format(block_size, nested_block_size))
         return y.reshape(*x.shape[:-1], codes.shape[-2])
@@ -142,24 +127,26 @@ def _implementation(forward: Any, decode: str | None = None) -> Any:
     return function
 
 
-def _decoded(decode: str | None, weight: Weight, format: Format, dtype: Any) -> jax.Array:
-    return nf4.dequantize(**weight._asdict(), **dataclasses.asdict(format), dtype=dtype, implementation=decode)
+def _decoded(decode: str | None, weight: nf4.Weight, format: Format, dtype: Any) -> jax.Array:
+    return nf4.dequantize(**weight._asdict(), **format._asdict(), dtype=dtype, implementation=decode)
 
 
-def _decode_and_multiply(x: jax.Array, weight: Weight, format: Format, *, decode: str | None = None) -> jax.Array:
+def _decode_and_multiply(x: jax.Array, weight: nf4.Weight, format: Format, *, decode: str | None = None) -> jax.Array:
     return einsum_rounded("mi,oi->mo", x, _decoded(decode, weight, format, x.dtype), x.dtype)
 
 
 _reference = functools.partial(_decode_and_multiply, decode="xla")
 
 
-def _backward(decode: str | None, format: Format, weight: Weight, dy: jax.Array) -> tuple[jax.Array, None]:
+def _backward(decode: str | None, format: Format, weight: nf4.Weight, dy: jax.Array) -> tuple[jax.Array, None]:
     return einsum_rounded("mo,oi->mi", dy, _decoded(decode, weight, format, dy.dtype), dy.dtype), None
 
 
-def _pallas(x: jax.Array, weight: Weight, format: Format) -> jax.Array:
-    kernel_call = matvec_call if x.shape[0] <= MATVEC_TOKENS else tensor_core_call
-    return kernel_call(x, weight, format)
+def _pallas(x: jax.Array, weight: nf4.Weight, format: Format) -> jax.Array:
+    if x.shape[0] > MATVEC_TOKENS:
+        return tensor_core_call(x, weight, format)
+    (y,) = linears(x, (Linear(nf4.as_stack(*weight)),), (1.0,), format)
+    return y
 
 
 def _by_code(x: jax.Array) -> jax.Array:
@@ -167,125 +154,9 @@ def _by_code(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // PER_WORD, PER_WORD), 2, 0)
 
 
-def _power_of_two(size: int, least: int, most: int) -> int:
-    """The smallest power of two that holds `size`, within bounds."""
-    return min(most, max(least, 1 << max(0, size - 1).bit_length()))
-
-
-class Tile(NamedTuple):
-    """Which part of a weight a kernel decodes: [rows, words] from `row` and `word` on."""
-
-    layer: jax.Array
-    row: jax.Array
-    word: jax.Array
-    rows: int
-    words: int
-
-    def mask(self, out: int, per_row: int) -> jax.Array | None:
-        """bool [rows, words], False beyond the weight's end; None where a weight is whole tiles."""
-        if out % self.rows == 0 and per_row % self.words == 0:
-            return None
-        row, word = self.indices(self.words, 1)
-        return (row < out) & (word < per_row)
-
-    def indices(self, columns: int, words_a_column: int) -> tuple[jax.Array, jax.Array]:
-        """(row, word // words_a_column), both int32 [rows, columns]."""
-        shape = self.rows, columns
-        row = self.row + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-        return row, self.word // words_a_column + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-
-
-def _load_codes(stack: nf4.Stack, tile: Tile) -> jax.Array:
-    mask = tile.mask(*stack.codes.shape[1:])
-    where = tile.layer, backend.ds(tile.row, tile.rows), backend.ds(tile.word, tile.words)
-    return backend.load(stack.codes.at[where], mask=mask, other=None if mask is None else 0)
-
-
-def _load_scales(stack: nf4.Stack, tile: Tile, format: Format) -> jax.Array:
-    """float32 [rows, words]: each word's absmax, read once a block where rows and tiles are whole blocks."""
-    per_row = stack.codes.shape[2]
-    block_words = format.block_size // PER_WORD
-    mask = tile.mask(*stack.codes.shape[1:])
-    if mask is not None or tile.words % block_words or per_row % block_words:
-        row, word = tile.indices(tile.words, 1)
-        return nf4.load_scales(stack, tile.layer, (row * per_row + word) // block_words, format.nested_block_size, mask)
-    blocks = tile.words // block_words
-    row, block = tile.indices(blocks, block_words)
-    scales = nf4.load_scales(stack, tile.layer, row * (per_row // block_words) + block, format.nested_block_size)
-    spread = jnp.broadcast_to(scales[:, :, None], (tile.rows, blocks, block_words))
-    return spread.reshape(tile.rows, tile.words)
-
-
-def _look_up(stack: nf4.Stack, layer: jax.Array, codes: jax.Array, j: int) -> jax.Array:
-    """float32: the map's entry for the j-th code of every word; bytes ascend, the first of two in the high nibble."""
-    shifted = jax.lax.shift_right_logical(codes, jnp.full(codes.shape, 4 * (j ^ 1), jnp.int32))
-    return backend.look_up_16(lambda i: backend.load(stack.quant_map.at[layer, i]), shifted)
-
-
-def _over_words(per_row: int, words: int, step: Any, zero: Any) -> Any:
-    """Adds up `step(first word, sum)` over a row."""
-    steps = -(-per_row // words)
-    if steps == 1:
-        return step(jnp.int32(0), zero)
-    return jax.lax.fori_loop(0, steps, lambda i, sums: step(i * words, sums), zero)
-
-
-def matvec_call(
-    x: jax.Array,
-    weight: Weight,
-    format: Format,
-    *,
-    rows: int | None = None,
-    words: int | None = None,
-    num_warps: int | None = None,
-) -> jax.Array:
-    """x [M, in] -> [M, out]; a program makes `rows` outputs for all tokens from `words` words of codes at a time."""
-    tokens, out = x.shape[0], weight.codes.shape[-2]
-    # The sums of every token live in registers: smaller tiles for more tokens (fastest of six on an H100).
-    fastest = (4, 256, 2) if tokens == 1 else (2, 128, 1)
-    rows, words, num_warps = rows or fastest[0], words or fastest[1], num_warps or fastest[2]
-    return backend.call(
-        _matvec_kernel,
-        *nf4.as_stack(*weight),
-        _by_code(x),
-        out=jax.ShapeDtypeStruct((tokens, out), x.dtype),
-        grid=(-(-out // rows) if tokens else 0,),
-        num_warps=num_warps,
-        rows=rows,
-        words=_power_of_two(x.shape[1] // PER_WORD, 16, words),
-        format=format,
-    )
-
-
-def _matvec_kernel(*refs: Any, rows: int, words: int, format: Format) -> None:
-    stack, x_ref, out_ref = nf4.Stack(*refs[:-2]), refs[-2], refs[-1]
-    layer, row = stack.layer[0], backend.program_id(0) * rows
-    tokens, out = out_ref.shape
-    per_row = stack.codes.shape[2]
-
-    def step(word: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        tile = Tile(layer, row, word, rows, words)
-        codes, scales = _load_codes(stack, tile), _load_scales(stack, tile, format)
-        mask = None if per_row % words == 0 else word + jax.lax.iota(jnp.int32, words) < per_row
-        other = None if mask is None else 0
-        inner = [jnp.zeros((rows, words), jnp.float32)] * tokens
-        for j in range(PER_WORD):
-            values = _look_up(stack, layer, codes, j)
-            for m in range(tokens):
-                x = backend.load(x_ref.at[jnp.int32(j), jnp.int32(m), backend.ds(word, words)], mask=mask, other=other)
-                inner[m] += values * x.astype(jnp.float32)[None]
-        return tuple(sum + scales * one for sum, one in zip(sums, inner, strict=True))
-
-    sums = _over_words(per_row, words, step, (jnp.zeros((rows, words), jnp.float32),) * tokens)
-    mask = None if out % rows == 0 else row + jax.lax.iota(jnp.int32, rows) < out
-    for m in range(tokens):
-        y = jnp.sum(sums[m], axis=1).astype(out_ref.dtype)
-        backend.store(out_ref.at[jnp.int32(m), backend.ds(row, rows)], y, mask=mask)
-
-
 def tensor_core_call(
     x: jax.Array,
-    weight: Weight,
+    weight: nf4.Weight,
     format: Format,
     *,
     rows: int | None = None,
@@ -299,9 +170,9 @@ def tensor_core_call(
     """
     tokens, out = x.shape[0], weight.codes.shape[-2]
     per_row = x.shape[1] // PER_WORD
-    block = _power_of_two(tokens, 16, 128)
+    block = power_of_two(tokens, 16, 128)
     fastest = (128, 16) if block == 64 else (64, 32)
-    rows, words = rows or fastest[0], _power_of_two(per_row, 16, words or fastest[1])
+    rows, words = rows or fastest[0], power_of_two(per_row, 16, words or fastest[1])
     programs = -(-out // rows) * -(-tokens // block)
     steps = -(-per_row // words)
     splits = splits or max(1, min(steps, 2 * MULTIPROCESSORS // max(programs, 1)))
@@ -332,10 +203,11 @@ def _tensor_core_kernel(*refs: Any, rows: int, words: int, block: int, steps: in
     def step(i: jax.Array, sums: jax.Array) -> jax.Array:
         word = (split * steps + i) * words
         tile = Tile(layer, row, word, rows, words)
-        codes, scales = _load_codes(stack, tile), _load_scales(stack, tile, format)
+        fetched = fetch(stack, tile, format)
+        scales = word_scales(stack, layer, fetched)
         mask = (at_token < tokens) & (word + jax.lax.broadcasted_iota(jnp.int32, (block, words), 1) < per_row)
         for j in range(PER_WORD):
-            w = (_look_up(stack, layer, codes, j) * scales).astype(x_ref.dtype)
+            w = (look_up(stack, layer, fetched.codes, 4 * (j ^ 1)) * scales).astype(x_ref.dtype)
             where = jnp.int32(j), backend.ds(token, block), backend.ds(word, words)
             x = backend.load(x_ref.at[where], mask=mask, other=0)
             sums += backend.dot(w, x, trans_y=True)
@@ -354,14 +226,8 @@ def _dequantize_refuses(platform: str, *args: Any, **kwargs: Any) -> str | None:
     return backend.refuses_platform(platform)
 
 
-def _pallas_refuses(
-    platform: str, x: jax.Array, codes: jax.Array, *args: Any, block_size: int = nf4.BLOCK_SIZE, **kwargs: Any
-) -> str | None:
-    if codes.shape[-1] % nf4.BYTES_PER_WORD:
-        return f"{codes.shape[-1] * 2} columns are not whole words of {PER_WORD} codes"
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"it multiplies float32, bfloat16 and float16, not {x.dtype}"
-    return backend.refuses_platform(platform) or nf4.refuses_words(codes, block_size)
+def _pallas_refuses(platform: str, x: jax.Array, codes: jax.Array, *args: Any, **kwargs: Any) -> str | None:
+    return backend.refuses_platform(platform) or nf4_kernels.refuses(x, codes, *args, **kwargs)
 
 
 def _rank(platform: str, x: jax.Array, codes: jax.Array, *args: Any, **kwargs: Any) -> tuple[Choice, ...]:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxft import lora
 from jaxft.errors import JaxftError
 from jaxft.generate import BUCKET, CHUNK, Sampling, bucket, complete, generate
 from jaxft.generation import slots as device
 from jaxft.generation.text import StopStrings, TextStream
 from jaxft.models.decoder import Decoder
-from llama_cases import case_config
+from llama_cases import ALPHA, RANK, adapter, case_config
 from models import decoder_of, hidden_states, with_adapter
 from pallas_kernels import selected_log_probs
 
@@ -67,6 +68,17 @@ def test_greedy_equals_whole_forwards(decoder, prompts, greedy):
     assert greedy == by_whole_forwards(decoder, prompts, NEW)
     assert len({tuple(row) for row in greedy}) == len(prompts), "the rows do not tell apart"
     assert len({token for row in greedy for token in row}) > 20, "the case is degenerate"
+
+
+@pytest.mark.slow
+def test_dora_is_decoded_as_it_trains(prompts):
+    """Its row scale needs the factors, which decoding reads from their stacks."""
+    decoder = decoder_of(HF)
+    lora.attach(decoder, lora.LoraConfig(r=RANK, lora_alpha=ALPHA, use_dora=True), key=jax.random.key(0))
+    lora.load_adapter_tensors(decoder, lora.adapter_tensors(decoder) | adapter(HF, RANK))
+    found = generate(decoder, prompts, max_new_tokens=NEW)
+    assert found == by_whole_forwards(decoder, prompts, NEW)
+    assert found != by_whole_forwards(with_adapter(decoder_of(HF), HF), prompts, NEW), "the scale changes nothing"
 
 
 def test_a_row_does_not_depend_on_the_others(decoder, prompts, greedy):

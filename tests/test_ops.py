@@ -32,6 +32,8 @@ from pallas_kernels import linear_cross_entropy as loss_op
 QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 # Their forward pass computes the gradients, the backward one only scales them.
 WITHOUT_BACKWARD_KERNEL = ("linear_cross_entropy",)
+# Its kernel multiplies on ordinary cores, in float32.
+WITHOUT_PRODUCTS = [("nf4_linears", "pallas")]
 EACH_CASE_AND_DTYPE = [
     pytest.param(op, case, dtype, id=f"{op.name}: {case.name}, {dtype.__name__}", marks=marks)
     for op in OPS.values()
@@ -201,7 +203,7 @@ def test_float32_products_are_exact(op: Op, implementation: str) -> None:
     with jax.enable_x64(True):
         reference = functools.partial(getattr(dense_references, op.name), **as_float64(rest))
         wanted = products_of(lambda a: reference(**a), as_float64(arguments))
-    assert bool(products) == bool(wanted)
+    assert bool(products) == (bool(wanted) and (op.name, implementation) not in WITHOUT_PRODUCTS)
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)

@@ -76,6 +76,14 @@ class Results(NamedTuple):
 def _decoder(graphdef: nnx.GraphDef, params: nnx.State) -> Decoder:
     decoder: Decoder = nnx.merge(graphdef, params)
     decoder.remat = "none"  # there is no backward pass to keep anything for
+    # Adapters in the activations' dtype, which the products take, once a call and not once a token; and as stacks that
+    # are read where they are used, as the base's are: nothing trains here.
+    dtype = decoder.model.embed_tokens.weight.get_value().dtype
+    for path, variable in nnx.iter_graph(decoder):
+        if isinstance(variable, nnx.LoRAParam):
+            variable.set_metadata(trainable=False)
+            if path[-1] in ("lora_A", "lora_B"):
+                variable.set_value(variable.get_value().astype(dtype))
     return decoder
 
 

@@ -41,6 +41,14 @@ class LayerView:
     stack: jax.Array
     layer: jax.Array
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stack.shape[1:]
+
+    @property
+    def dtype(self) -> Any:
+        return self.stack.dtype
+
     def dequantize(self, dtype: DTypeLike, row_scale: jax.Array | None = None) -> jax.Array:
         """The layer's weight, [out, in] or [E, out, in], in `dtype`; of one [out, in] the rows times `row_scale`
         (float32 [out]) where there is one."""
@@ -56,13 +64,14 @@ def is_linear_weight(path: tuple[Any, ...]) -> bool:
 
 
 def at_layer(frozen: nnx.State, layer: jax.Array) -> nnx.State:
-    """One layer of a frozen stack of parameters: weights of linears as views, the small rest as slices."""
+    """One layer of a frozen stack of parameters: weights and factors of linears as views, the small rest as slices."""
 
     def view(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
         value = variable.get_value()
         if isinstance(value, QTensor):
             return variable.replace(value.at_layer(layer))
-        if is_linear_weight(path):
+        factor = path[-1] in ("lora_A", "lora_B") and value.ndim == 3  # experts have one more
+        if factor or is_linear_weight(path):
             return variable.replace(LayerView(value, layer))
         return variable.replace(jax.lax.dynamic_index_in_dim(value, layer, keepdims=False))
 
@@ -130,14 +139,8 @@ class Linear(nnx.Module):
         assert self.lora_B is not None
         assert self.squared_norms is not None
         scale = adapter_scale(self)
-        norms = pk.row_norms(
-            self.weight.get_value(),
-            self.squared_norms.get_value(),
-            self.lora_A.get_value(),
-            self.lora_B.get_value(),
-            scale,
-            self.dtype,
-        )
+        factors = (pk.decoded(factor.get_value(), factor.get_value().dtype) for factor in (self.lora_A, self.lora_B))
+        norms = pk.row_norms(self.weight.get_value(), self.squared_norms.get_value(), *factors, scale, self.dtype)
         return magnitude_over_norm(self.lora_magnitude_vector.get_value(), norms, scale)
 
     def effective_weight(self) -> jax.Array:

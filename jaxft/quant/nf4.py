@@ -100,13 +100,13 @@ class NF4Tensor:
 
     def dequantize(self, dtype: Any = jnp.float32, row_scale: jax.Array | None = None) -> jax.Array:
         """The weight [out, in] in `dtype`, its rows times `row_scale` (float32 [out]), rounded once from float32."""
-        return nf4.dequantize(**self._arguments(), dtype=dtype, row_scale=row_scale)
+        return nf4.dequantize(**self.nf4_arguments(), dtype=dtype, row_scale=row_scale)
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """x [T, in] times the weight's transpose, [T, out] in x's dtype; a GPU decodes the weight while it reads it."""
-        return nf4_matmul(x, **self._arguments())
+        return nf4_matmul(x, **self.nf4_arguments())
 
-    def _arguments(self) -> dict[str, Any]:
+    def nf4_arguments(self) -> dict[str, Any]:
         """The weight as the ops of `pallas_kernels` take it."""
         if self.is_stack:
             raise JaxftError("NF4 stack", "has no single value", "Take a layer with at_layer first")

@@ -1,0 +1,375 @@
+"""Kernels of linears over NF4 weights that share up to four tokens: y_i = x W_i^T + l_i B_i^T + bias_i.
+
+A program makes a few rows of one W_i, and takes each block's absmax out of the sum over the block:
+
+    y[m, o] = sum over blocks b of absmax[o, b] * (sum over i in b of map[codes[o, i]] * x[m, i])
+
+A sum has no order, so an int32 word of eight codes is never unpacked: the kernel reads x as [8, M, in / 8], where x[j]
+meets every word's j-th code. Sums are float32, rounded to x's dtype once. All linears of a call are one launch: small
+ones would leave most of a GPU idle. Two linears may be joined by a gate, act(y_0) * y_1.
+
+The low-rank products l_i = scale_i x A_i^T are a launch of their own, because every program needs all of them. Adapters
+are read from the stack of all layers, as weights are: a slice would be a copy for each of a layer's fourteen factors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import backend, nf4
+from pallas_kernels.gated_activation import Kind, activated
+
+PER_WORD = 2 * nf4.BYTES_PER_WORD  # codes in an int32 word
+MATVEC_TOKENS = 4
+LOW_RANK_CHUNK = 4096  # columns of a low-rank product that one program adds up
+
+
+class Format(NamedTuple):
+    """What is static about an NF4 weight."""
+
+    block_size: int = nf4.BLOCK_SIZE
+    nested_block_size: int = nf4.NESTED_BLOCK_SIZE
+
+
+def refuses(
+    x: jax.Array, codes: jax.Array, *arrays: Any, block_size: int = nf4.BLOCK_SIZE, **others: Any
+) -> str | None:
+    """Why the kernels cannot multiply x by a weight (arguments of `nf4.dequantize`), or None where they can."""
+    if codes.shape[-1] % nf4.BYTES_PER_WORD:
+        return f"{codes.shape[-1] * 2} columns are not whole words of {PER_WORD} codes"
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"it multiplies float32, bfloat16 and float16, not {x.dtype}"
+    return nf4.refuses_words(codes, block_size)
+
+
+class Linear(NamedTuple):
+    """What a kernel reads of one linear, as arrays or refs; its weight is [out, in].
+
+    Attributes:
+      stack: the weight.
+      lora_A, lora_B: [L, r, in] and [L, out, r], or both None.
+      lora_layer: int32 [1], which of them.
+      bias: [out] or None.
+    """
+
+    stack: nf4.Stack
+    lora_A: Any = None
+    lora_B: Any = None
+    lora_layer: Any = None
+    bias: Any = None
+
+
+class Tiling(NamedTuple):
+    """How the work is divided: a program decodes [rows, words] at a time."""
+
+    rows: int
+    words: int
+    num_warps: int
+
+
+def linears(
+    x: jax.Array,
+    parts: Sequence[Linear],
+    scales: Sequence[Any],
+    format: Format,
+    *,
+    activation: str | None = None,
+    tiling: Tiling | None = None,
+) -> tuple[jax.Array, ...]:
+    """x [M, in] -> y_i [M, out_i] of each linear, in x's dtype; with an `activation` of two linears act(y_0) * y_1.
+
+    Args:
+      parts: arrays of each linear.
+      scales: of each linear's low-rank product, numbers or scalars.
+    """
+    tokens, columns = x.shape
+    # The sums of every token live in registers: smaller tiles for more tokens (fastest of several on an H100).
+    tiling = tiling or (Tiling(4, 256, 2) if tokens == 1 else Tiling(2, 128, 1))
+    tiling = tiling._replace(words=power_of_two(columns // PER_WORD, 16, tiling.words))
+    by_code = jnp.moveaxis(x.reshape(tokens, columns // PER_WORD, PER_WORD), 2, 0)
+    low = _low_rank(x, parts, scales)
+    inputs = _Inputs(by_code, low, tuple(part._replace(lora_A=None) for part in parts))
+    plan, leaves = _plan(inputs, format, activation, tiling)
+    outs = [parts[group.members[0]].stack.codes.shape[1] for group in plan.groups]
+    return tuple(
+        backend.call(
+            _matvec_kernel,
+            *leaves,
+            out=tuple(jax.ShapeDtypeStruct((tokens, out), x.dtype) for out in outs),
+            grid=(sum(group.programs for group in plan.groups) if tokens else 0,),
+            num_warps=tiling.num_warps,
+            plan=plan,
+        )
+    )
+
+
+class _Group(NamedTuple):
+    """Linears of which one program computes the same rows: one, or two that a gate joins."""
+
+    members: tuple[int, ...]
+    first: int  # program
+    programs: int
+
+
+class _Plan(NamedTuple):
+    """What is static about a launch."""
+
+    groups: tuple[_Group, ...]
+    ranks: tuple[int, ...]
+    tiling: Tiling
+    format: Format
+    activation: str | None
+    tree: Any  # of the kernel's inputs
+
+
+class _Inputs(NamedTuple):
+    """What the kernel reads: x [8, M, in / 8], low [M, sum of ranks] or None, and the linears."""
+
+    x: Any
+    low: Any
+    parts: tuple[Linear, ...]
+
+
+def _plan(inputs: _Inputs, format: Format, activation: str | None, tiling: Tiling) -> tuple[_Plan, list[jax.Array]]:
+    members = (tuple(range(len(inputs.parts))),) if activation else tuple((i,) for i in range(len(inputs.parts)))
+    groups: list[_Group] = []
+    first = 0
+    for group in members:
+        programs = -(-inputs.parts[group[0]].stack.codes.shape[1] // tiling.rows)
+        groups.append(_Group(group, first, programs))
+        first += programs
+    ranks = tuple(0 if part.lora_B is None else part.lora_B.shape[2] for part in inputs.parts)
+    leaves, tree = jax.tree.flatten(inputs)
+    return _Plan(tuple(groups), ranks, tiling, format, activation, tree), leaves
+
+
+def _run_groups(plan: _Plan, run: Any) -> None:
+    """In a kernel: `run(group, row)` for this program's group and the first of its rows."""
+    program = backend.program_id(0)
+    for group in plan.groups:
+        row = (program - group.first) * plan.tiling.rows
+        mine = (program >= group.first) & (program < group.first + group.programs)
+        if len(plan.groups) == 1:
+            run(group, row)
+        else:
+            backend.when(mine)(functools.partial(run, group, row))
+
+
+# The low-rank products.
+
+
+def _low_rank(x: jax.Array, parts: Sequence[Linear], scales: Sequence[Any]) -> jax.Array | None:
+    """Every l_i, side by side [M, sum of ranks], in x's dtype; None where there is no adapter."""
+    adapted = [(part, scale) for part, scale in zip(parts, scales, strict=True) if part.lora_A is not None]
+    if not adapted:
+        return None
+    tokens, columns = x.shape
+    rank = sum(part.lora_A.shape[1] for part, _ in adapted)
+    return backend.call(
+        _low_rank_kernel,
+        x,
+        adapted[0][0].lora_layer,
+        *(part.lora_A for part, _ in adapted),
+        *(jnp.asarray(scale, jnp.float32).reshape(1) for _, scale in adapted),
+        out=jax.ShapeDtypeStruct((tokens, rank), x.dtype),
+        grid=(rank if tokens else 0,),
+        num_warps=8 if columns > LOW_RANK_CHUNK else 4,
+        chunk=power_of_two(columns, 32, LOW_RANK_CHUNK),
+    )
+
+
+def _low_rank_kernel(x_ref: Any, layer_ref: Any, *refs: Any, chunk: int) -> None:
+    """A program makes one column of the result: of every token times one row of one factor."""
+    *inputs, out_ref = refs
+    factors, scales = inputs[: len(inputs) // 2], inputs[len(inputs) // 2 :]
+    row, layer = backend.program_id(0), layer_ref[0]
+    tokens, columns = x_ref.shape
+
+    def run(A_ref: Any, start: int, scale_ref: Any) -> None:
+        sums = [jnp.zeros((chunk,), jnp.float32)] * tokens
+        for column in range(0, columns, chunk):
+            where = backend.ds(jnp.int32(column), chunk)
+            mask = None if column + chunk <= columns else column + jnp.arange(chunk, dtype=jnp.int32) < columns
+            other = None if mask is None else 0
+            A = backend.load(A_ref.at[layer, row - start, where], mask=mask, other=other).astype(x_ref.dtype)
+            for m in range(tokens):
+                x = backend.load(x_ref.at[jnp.int32(m), where], mask=mask, other=other).astype(jnp.float32)
+                sums[m] += A.astype(jnp.float32) * x
+        for m in range(tokens):
+            product = jnp.sum(sums[m]) * scale_ref[0]
+            backend.store(out_ref.at[jnp.int32(m), row], product.astype(out_ref.dtype))
+
+    start = 0
+    for A_ref, scale_ref in zip(factors, scales, strict=True):
+        stop = start + A_ref.shape[1]
+        backend.when((row >= start) & (row < stop))(functools.partial(run, A_ref, start, scale_ref))
+        start = stop
+
+
+# Reading a weight.
+
+
+class Tile(NamedTuple):
+    """Which part of a weight a kernel decodes: [rows, words] from `row` and `word` on."""
+
+    layer: jax.Array
+    row: jax.Array
+    word: jax.Array
+    rows: int
+    words: int
+
+    def mask(self, out: int, per_row: int) -> jax.Array | None:
+        """bool [rows, words], False beyond the weight's end; None where a weight is whole tiles."""
+        if out % self.rows == 0 and per_row % self.words == 0:
+            return None
+        row, word = self.indices(self.words, 1)
+        return (row < out) & (word < per_row)
+
+    def indices(self, columns: int, words_a_column: int) -> tuple[jax.Array, jax.Array]:
+        """(row, word // words_a_column), both int32 [rows, columns]."""
+        shape = self.rows, columns
+        row = self.row + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        return row, self.word // words_a_column + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+class Fetched(NamedTuple):
+    """What a kernel has loaded of a tile: codes int32 [rows, words], and absmax as stored, one a block or a word."""
+
+    codes: jax.Array
+    absmax: nf4.FetchedAbsmax
+
+
+def fetch(stack: nf4.Stack, tile: Tile, format: Format) -> Fetched:
+    """Begins to load a tile; absmax are one a block where rows and tiles are whole blocks, else one a word."""
+    out, per_row = stack.codes.shape[1:]
+    mask = tile.mask(out, per_row)
+    where = tile.layer, backend.ds(tile.row, tile.rows), backend.ds(tile.word, tile.words)
+    codes = backend.load(stack.codes.at[where], mask=mask, other=None if mask is None else 0)
+    block_words = format.block_size // PER_WORD
+    if mask is not None or tile.words % block_words or per_row % block_words:
+        row, word = tile.indices(tile.words, 1)
+        block = (row * per_row + word) // block_words
+    else:
+        row, block = tile.indices(tile.words // block_words, block_words)
+        block, mask = row * (per_row // block_words) + block, None
+    return Fetched(codes, nf4.fetch_absmax(stack, tile.layer, block, format.nested_block_size, mask))
+
+
+def word_scales(stack: nf4.Stack, layer: jax.Array, fetched: Fetched) -> jax.Array:
+    """float32 [rows, words]: each word's absmax."""
+    rows, words = fetched.codes.shape
+    scales = nf4.decode_absmax(stack, layer, fetched.absmax)
+    blocks = scales.shape[1]
+    if blocks == words:
+        return scales
+    return jnp.broadcast_to(scales[:, :, None], (rows, blocks, words // blocks)).reshape(rows, words)
+
+
+def look_up(stack: nf4.Stack, layer: jax.Array, codes: jax.Array, shift: jax.Array | int) -> jax.Array:
+    """float32: the map's entry for the code that begins at bit `shift` of every word."""
+    shift = jnp.full(codes.shape, shift, jnp.int32) if isinstance(shift, int) else shift
+    shifted = jax.lax.shift_right_logical(codes, shift)
+    return backend.look_up_16(lambda i: backend.load(stack.quant_map.at[layer, i]), shifted)
+
+
+def power_of_two(size: int, least: int, most: int) -> int:
+    """The smallest power of two that holds `size`, within bounds."""
+    return min(most, max(least, 1 << max(0, size - 1).bit_length()))
+
+
+# The products.
+
+
+def _matvec_kernel(*refs: Any, plan: _Plan) -> None:
+    count = plan.tree.num_leaves
+    inputs, outs = jax.tree.unflatten(plan.tree, refs[:count]), refs[count:]
+    rows = plan.tiling.rows
+
+    def run(group: _Group, row: jax.Array) -> None:
+        out_ref = outs[plan.groups.index(group)]
+        tokens, out = out_ref.shape
+        mask = None if out % rows == 0 else row + jax.lax.iota(jnp.int32, rows) < out
+        sums = _matvec_sums([inputs.parts[i].stack for i in group.members], inputs.x, row, tokens, plan)
+        for m in range(tokens):
+            y = [
+                _matvec_row(jnp.sum(total[m], axis=1), inputs, i, m, row, plan).astype(out_ref.dtype)
+                for i, total in zip(group.members, sums, strict=True)
+            ]
+            backend.store(out_ref.at[jnp.int32(m), backend.ds(row, rows)], _gated(y, plan), mask=mask)
+
+    _run_groups(plan, run)
+
+
+def _gated(y: Sequence[jax.Array], plan: _Plan) -> jax.Array:
+    """y_0, or act(y_0) * y_1; in a kernel."""
+    if plan.activation is None:
+        return y[0]
+    return activated(*(part.astype(jnp.float32) for part in y), Kind(plan.activation)).astype(y[0].dtype)
+
+
+def _matvec_row(y: jax.Array, inputs: _Inputs, i: int, m: int, row: jax.Array, plan: _Plan) -> jax.Array:
+    """float32 [rows]: linear i's base product of token m, with low-rank part and bias."""
+    part, rank, rows = inputs.parts[i], plan.ranks[i], plan.tiling.rows
+    out = part.stack.codes.shape[1]
+    if part.lora_B is not None:
+        width = power_of_two(rank, 1, rank * 2)
+        at_row = row + jax.lax.broadcasted_iota(jnp.int32, (rows, width), 0)
+        column = jax.lax.broadcasted_iota(jnp.int32, (rows, width), 1)
+        mask = (at_row < out) & (column < rank)
+        where = part.lora_layer[0], backend.ds(row, rows), backend.ds(0, width)
+        B = backend.load(part.lora_B.at[where], mask=mask, other=0)
+        start = jnp.int32(sum(plan.ranks[:i]))
+        in_rank = jax.lax.iota(jnp.int32, width) < rank
+        low = backend.load(inputs.low.at[jnp.int32(m), backend.ds(start, width)], mask=in_rank, other=0)
+        low = jnp.broadcast_to(low.astype(jnp.float32)[None, :], (rows, width))
+        y += jnp.sum(B.astype(inputs.low.dtype).astype(jnp.float32) * low, axis=1)
+    if part.bias is not None:
+        mask = row + jax.lax.iota(jnp.int32, rows) < out
+        y += backend.load(part.bias.at[backend.ds(row, rows)], mask=mask, other=0).astype(jnp.float32)
+    return y
+
+
+def _matvec_sums(
+    stacks: Sequence[nf4.Stack], x_ref: Any, row: jax.Array, tokens: int, plan: _Plan
+) -> list[list[jax.Array]]:
+    """For each weight and token float32 [rows, words], to be added up over the words."""
+    rows, words = plan.tiling.rows, plan.tiling.words
+    per_row = stacks[0].codes.shape[2]
+    steps = -(-per_row // words)
+    layers = [stack.layer[0] for stack in stacks]
+
+    def step(word: jax.Array, sums: list[list[jax.Array]]) -> list[list[jax.Array]]:
+        x = [_by_code(x_ref, m, word, words, rows) for m in range(tokens)]
+        done = []
+        for stack, layer, totals in zip(stacks, layers, sums, strict=True):
+            tile = fetch(stack, Tile(layer, row, word, rows, words), plan.format)
+            inner = [jnp.zeros((rows, words), jnp.float32)] * tokens
+            for j in range(PER_WORD):
+                # Bytes ascend in a word, and the first of a byte's two codes is in its high nibble.
+                values = look_up(stack, layer, tile.codes, 4 * (j ^ 1))
+                inner = [backend.fma(values, x[m][j], inner[m]) for m in range(tokens)]
+            scales = word_scales(stack, layer, tile)
+            done.append([backend.fma(scales, one, total) for one, total in zip(inner, totals, strict=True)])
+        return done
+
+    sums = [[jnp.zeros((rows, words), jnp.float32)] * tokens for _ in stacks]
+    if steps == 1:
+        return step(jnp.int32(0), sums)
+    return jax.lax.fori_loop(0, steps, lambda i, sums: step(i * words, sums), sums)
+
+
+def _by_code(x_ref: Any, m: int, word: jax.Array, words: int, rows: int) -> list[jax.Array]:
+    """float32 [rows, words] eight times: what meets every word's j-th code, of token m."""
+    per_row = x_ref.shape[2]
+    mask = None if per_row % words == 0 else word + jax.lax.iota(jnp.int32, words) < per_row
+    where = jnp.int32(m), backend.ds(word, words)
+    x = (
+        backend.load(x_ref.at[(jnp.int32(j), *where)], mask=mask, other=None if mask is None else 0)
+        for j in range(PER_WORD)
+    )
+    return [jnp.broadcast_to(one.astype(jnp.float32)[None, :], (rows, words)) for one in x]
