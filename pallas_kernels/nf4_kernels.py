@@ -309,7 +309,8 @@ def _gated(y: Sequence[jax.Array], plan: _Plan) -> jax.Array:
     """y_0, or act(y_0) * y_1; in a kernel."""
     if plan.activation is None:
         return y[0]
-    return activated(*(part.astype(jnp.float32) for part in y), Kind(plan.activation)).astype(y[0].dtype)
+    gate, up = (part.astype(jnp.float32) for part in y)
+    return activated(gate, up, Kind(plan.activation)).astype(y[0].dtype)
 
 
 def _matvec_row(y: jax.Array, inputs: _Inputs, i: int, m: int, row: jax.Array, plan: _Plan) -> jax.Array:

@@ -119,7 +119,8 @@ def _pallas(
     for linear in linears:
         arguments = linear.weight.nf4_arguments()
         formats.append(nf4_kernels.Format(*(arguments.pop(name) for name in nf4_kernels.Format._fields)))
-        parts.append(nf4_kernels.Linear(nf4.as_stack(**arguments), *_stacked(linear), linear.bias))
+        lora_A, lora_B, layer = _stacked(linear)
+        parts.append(nf4_kernels.Linear(nf4.as_stack(**arguments), lora_A, lora_B, layer, linear.bias))
     scales = [linear.scale for linear in linears]
     found = nf4_kernels.linears(_flat(x), parts, scales, formats[0], activation=activation, tiling=tiling)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in found)

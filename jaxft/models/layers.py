@@ -139,8 +139,8 @@ class Linear(nnx.Module):
         assert self.lora_B is not None
         assert self.squared_norms is not None
         scale = adapter_scale(self)
-        factors = (pk.decoded(factor.get_value(), factor.get_value().dtype) for factor in (self.lora_A, self.lora_B))
-        norms = pk.row_norms(self.weight.get_value(), self.squared_norms.get_value(), *factors, scale, self.dtype)
+        lora_A, lora_B = (pk.decoded(pair.get_value(), jnp.float32) for pair in (self.lora_A, self.lora_B))
+        norms = pk.row_norms(self.weight.get_value(), self.squared_norms.get_value(), lora_A, lora_B, scale, self.dtype)
         return magnitude_over_norm(self.lora_magnitude_vector.get_value(), norms, scale)
 
     def effective_weight(self) -> jax.Array:
