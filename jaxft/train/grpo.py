@@ -206,6 +206,7 @@ class GRPOTrainer:
         rewards.check_columns(self.functions, list(self.prompts[0].columns))
         longest = max(len(prompt.tokens) for prompt in self.prompts) + args.max_completion_length
         self._row_length = -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        self.known_ids = 1 + max(self.tokenizer.get_vocab().values())
         self._decoder: Decoder = model.decoder
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> trainer.TrainResult:
@@ -453,6 +454,7 @@ class _Rollouts:
             "completions/mean_length": float(np.mean(lengths)),
             "completions/max_length": max(lengths),
             "completions/clipped_ratio": 1 - float(np.mean(rollout.drawn.finished)),
+            "completions/unknown_ids": sum(t >= self.owner.known_ids for ts in rollout.drawn.tokens for t in ts),
             "generation/utilisation": rollout.drawn.utilisation,
         }
         if totals is None or rollout.rewards is None:
