@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import functools
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -62,6 +63,19 @@ MODELS = {
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
         rope=dataclasses.replace(_ROPE, factor=32.0),
+    ),
+    "smollm2-135m": DecoderConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        rope=RopeConfig(theta=1e5),
     ),
     "qwen3-4b": DecoderConfig(
         vocab_size=151936,
@@ -364,9 +378,12 @@ def random_decoder(config: DecoderConfig, quant: str) -> Decoder:
 
 @functools.partial(jax.jit, static_argnums=1)
 def random_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard deviation 0.02, row by row, so that no float32 copy of the whole exists."""
+    """Standard deviation 0.02, layer by layer or some rows at a time, so that no float32 copy of the whole exists."""
     keys = jax.random.split(key, shape[0])
-    return jax.lax.map(lambda one: (0.02 * jax.random.normal(one, shape[1:])).astype(jnp.bfloat16), keys)
+    some = math.gcd(shape[0], 256) if len(shape) == 2 else None  # a divisor: what is left over would be a copy
+    return jax.lax.map(
+        lambda one: (0.02 * jax.random.normal(one, shape[1:])).astype(jnp.bfloat16), keys, batch_size=some
+    )
 
 
 def random_bytes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
