@@ -32,6 +32,8 @@ from tiny import hf_config
 TOLERANCE = 1e-5
 PROMPTS = ["What is 2 plus 3?", "The answer"]
 
+pytestmark = pytest.mark.usefixtures("fully_optimized")
+
 
 @pytest.fixture(scope="module")
 def base(tiny_hf_dir: Path) -> LanguageModel:

@@ -14,8 +14,8 @@ import pytest
 from jaxpr_tools import computed_avals, residual_avals
 from lowering import kernel_names, lowered_text
 from pallas_kernels import add_rms_norm, gated_activation, gated_activation_backward, rms_norm, rope
-from pallas_kernels.gated_activation import _kernel_call as gated_kernel_call
 from pallas_kernels.gated_activation import Kind
+from pallas_kernels.gated_activation import _kernel_call as gated_kernel_call
 from pallas_kernels.gated_activation import _Tiling as GatedTiling
 from pallas_kernels.rms_norm import _kernel_call as norm_kernel_call
 from pallas_kernels.rms_norm import _Norm
