@@ -191,7 +191,7 @@ def front_matter_of(folder: Path) -> dict[str, Any]:
     found = _FRONT_MATTER.match(_read(folder / CARD))
     try:
         fields = yaml.safe_load(found.group(1)) if found else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a 13th month
         return {}
     return fields if isinstance(fields, dict) else {}
 

@@ -83,6 +83,29 @@ def new_folder(path: str | Path, *, overwrite: bool = False, resume_key: str = "
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_files(folder: Path, *, resume_key: str = "") -> Iterator[Path]:
+    """Yields a temporary folder in `folder`, into which its files move at the end; all of them or, on any exception,
+    none. See `new_folder` for `resume_key`.
+
+    Raises:
+      JaxftError: `folder` is a file, or cannot be written to.
+    """
+    path = prepare_output_dir(folder, overwrite=True) / "files"
+    with contextlib.ExitStack() as lock:
+        temporary = _taken_up(path, resume_key, lock) or _made(path, lock)
+        _remove_leftovers(path)
+        try:
+            with _disk_errors(folder):
+                (temporary / _KEY).write_text(resume_key)
+                yield temporary
+                (temporary / _KEY).unlink()
+                for file in sorted(temporary.iterdir()):
+                    file.replace(folder / file.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _made(path: Path, lock: contextlib.ExitStack) -> Path:
     """A new temporary folder for `path`, locked."""
     try:

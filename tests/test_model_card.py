@@ -131,6 +131,13 @@ def test_overwriting_a_folder_keeps_what_somebody_wrote(mine: bool, tmp_path: Pa
     assert (out / CARD).read_text() == ("my own words" if mine else new)
 
 
+@pytest.mark.parametrize("text", ["a: [", "a: 2024-13-01", "a: " + "[" * 100_000, "- a", "license: 3", "license: [a]"])
+def test_front_matter_that_says_nothing(text: str, tiny_hf_dir: Path, tmp_path: Path):
+    source = HFCheckpoint(shutil.copytree(tiny_hf_dir, tmp_path / "hf"))
+    (tmp_path / "hf" / CARD).write_text(f"---\n{text}\n---\n")
+    assert licence_of(source) == {}
+
+
 def test_licence_and_training_travel(tiny_hf_dir: Path, tmp_path: Path):
     assert licence_of(HFCheckpoint(tiny_hf_dir)) == {}
     source = HFCheckpoint(shutil.copytree(tiny_hf_dir, tmp_path / "hf"))

@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from converters import gguf_export
 from converters.bnb import NF4Checkpoint
 from converters.checkpoint import Checkpoint, stream
+from converters.cli import main
 from converters.hf_export import plan_shards, write_hf
 from converters.hf_load import WEIGHTS, HFCheckpoint
 from converters.merge import CastCheckpoint, DecoderCheckpoint, MergedCheckpoint
@@ -116,6 +119,34 @@ def test_what_values_come_from(tiny_hf_dir: Path):
 
     assert origin_of(OfADecoder()) is None
     assert origin_of(CastCheckpoint(OfADecoder())) is None
+
+
+def test_several_gguf_files(tiny_hf_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All appear together; after a kill, the finished ones are not written again."""
+    out, write, written = tmp_path / "out", gguf_export.write_gguf, []
+
+    def dies(checkpoint: Checkpoint, path: Path, name: str, **options: Any) -> Path:
+        if name == "q8_0":
+            raise KilledError
+        return write(checkpoint, path, name, **options)
+
+    def notes(checkpoint: Checkpoint, path: Path, name: str, **options: Any) -> Path:
+        written.append(name)
+        return write(checkpoint, path, name, **options)
+
+    command = ["to-gguf", str(tiny_hf_dir), str(out), "--type"]
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(gguf_export, "write_gguf", dies)
+        with pytest.raises(KilledError):
+            main([*command, "f16", "q8_0"])
+    assert [path.name[:7] for path in out.iterdir()] == [".files."], "something looks finished"
+    monkeypatch.setattr(gguf_export, "write_gguf", notes)
+    assert main([*command, "f16", "q8_0", "q4_0"]) == 0
+    assert written == ["q8_0", "q4_0"]
+    assert {path.name for path in out.iterdir()} == {f"model.{name}.gguf" for name in ("F16", "Q8_0", "Q4_0")}
+    write(HFCheckpoint(tiny_hf_dir), tmp_path / "alone.gguf", "f16")
+    assert (out / "model.F16.gguf").read_bytes() == (tmp_path / "alone.gguf").read_bytes()
 
 
 @pytest.mark.slow
