@@ -61,6 +61,11 @@ def test_sft_writes_everything(out: Path, tiny_hf_dir: Path):
     adapter = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert (adapter["r"], sorted(adapter["target_modules"])) == (3, ["down_proj", "q_proj"])
     assert adapter["base_model_name_or_path"] == str(tiny_hf_dir)
+    for folder in ("adapter", "merged", "merged_16bit", "gguf"):
+        card = (out / folder / "README.md").read_text()
+        assert "| learning_rate | 0.001 |" in card
+        assert f"| loss at the end | {steps[1]['loss']:.6g} |" in card
+        assert str(tiny_hf_dir) not in card
 
 
 def test_generate_prints_answers_only(out: Path, capfd: pytest.CaptureFixture[str]):
