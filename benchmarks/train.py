@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -341,7 +341,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--use-dora", action="store_true")
     parser.add_argument("--lora-dropout", type=float, default=0.0)
     parser.add_argument("--lora-dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--optim", choices=("adamw", "adamw_8bit"), default="adamw_8bit")
+    parser.add_argument("--optim", choices=get_args(optim.Optimizer), default="adamw_8bit")
     parser.add_argument("--loss", choices=LOSSES, default="sft", help="policy: GRPO's; _kl: with its reference pass")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of --shape in a step")
     parser.add_argument("--warmup", type=int, default=3)

@@ -23,7 +23,7 @@ from converters.checkpoint import Checkpoint
 from converters.gguf_export import architecture_of, encode
 from converters.gguf_header import TensorEntry, read_header
 from converters.gguf_import import read_entry
-from converters.gguf_tensors import gguf_names
+from converters.gguf_tensors import gguf_names, is_expert
 from converters.load import EMBEDDING, HEAD, check
 from converters.merge import MergedCheckpoint
 from converters.peft_io import Adapter, make_adapter, rank_of, scale_of
@@ -82,18 +82,29 @@ def _check_that_it_fits(adapter: Adapter, base: Checkpoint) -> None:
     problems = [name for name in adapter.tensors if name in adapter.whole or name.endswith("lora_magnitude_vector")]
     tied = {_EMBEDDING, HEAD.removesuffix(".weight")} if HEAD not in base.tensors else set()
     problems += [f"{module} (head and embedding are one)" for module in adapter.modules if module in tied]
+    known = _linears(base)
+    problems += [f"{module} (of experts)" for module in adapter.modules if f"{module}.weight" not in known]
     if problems:
         raise JaxftError(
             "adapter",
-            f"llama.cpp's adapters hold nothing but A and B of weights, so there is no place for {', '.join(problems)}",
+            "llama.cpp's adapters hold nothing but A and B of weights that are no experts', so there is no place for "
+            + ", ".join(problems),
             "Merge it into its base (jaxft-convert merge), and convert that",
         )
 
 
 def _names(base: Checkpoint, arch: GGUFArch) -> dict[str, str]:
-    """HF name -> GGUF name of every matrix of the model."""
-    matrices = [name for name, info in base.tensors.items() if len(info.shape) == 2]
-    return gguf_names(matrices, arch.name, check(base).num_hidden_layers)
+    """HF name -> GGUF name of every matrix of the model, experts left out."""
+    return gguf_names(_linears(base), arch.name, check(base).num_hidden_layers)
+
+
+def _linears(base: Checkpoint) -> list[str]:
+    layout = arch_of(base.config["model_type"], base.where).tensors(check(base))
+    return [
+        name
+        for name, info in base.tensors.items()
+        if name in layout.hf and len(info.shape) == 2 and not any(map(is_expert, layout.hf[name].names))
+    ]
 
 
 def _pair(adapter: Adapter, module: str) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections import Counter
 from collections.abc import Collection
@@ -18,32 +19,34 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileTy
 from converters.archs import arch_of
 from converters.archs.base import ArchSpec, GGUFArch
 from converters.archs.gguf_rope import rope_tensors
-from converters.checkpoint import Checkpoint
+from converters.checkpoint import Checkpoint, ExpertCheckpoint
 from converters.gguf_mixes import MIXES, Choice, Mix, ModelFacts, choose_types
+from converters.gguf_mxfp4 import to_blocks
 from converters.gguf_quants import QUANTIZABLE, WEIGHTED, quantize
-from converters.gguf_tensors import gguf_names
+from converters.gguf_tensors import GGUFTensor, gguf_tensors
 from converters.gguf_tokenizer import tokenizer_metadata
 from converters.imatrix import ImportanceMatrix
+from converters.layout import Layout
 from converters.load import check
 from jaxft.console import track, warn
 from jaxft.errors import JaxftError
 from jaxft.files import new_file
 from jaxft.models.config import DecoderConfig
+from jaxft.quant import MXFP4Tensor
 
 
 class _Tensor(NamedTuple):
-    """One tensor of the file to be written: its names in both worlds, shape and type."""
+    """One tensor of the file to be written: what it is, its type, and whether its bytes are the checkpoint's."""
 
-    hf_name: str
-    name: str
-    shape: tuple[int, ...]
+    of: GGUFTensor
     type: GGMLQuantizationType
     importance: np.ndarray | None
+    as_stored: bool
 
     @property
     def nbytes(self) -> int:
         block, block_bytes = GGML_QUANT_SIZES[self.type]
-        return math.prod(self.shape) // block * block_bytes
+        return math.prod(self.of.shape) // block * block_bytes
 
 
 def write_gguf(
@@ -57,7 +60,8 @@ def write_gguf(
     """Writes `checkpoint` to the GGUF file `path` and returns it; nothing is left there if it fails.
 
     Vectors and norms are stored as float32. Values that the type holds are stored exactly: float32, float16 and
-    bfloat16 sources lose nothing in "f32", nor in their own type.
+    bfloat16 sources lose nothing in "f32", nor in their own type. Experts that the checkpoint holds in MXFP4 stay in
+    it whatever the quantization, as in llama.cpp's files: another type could only be larger or lose more.
 
     Args:
       checkpoint: its tensors are read one after the other, each once.
@@ -75,12 +79,14 @@ def write_gguf(
     spec = arch_of(checkpoint.config.get("model_type"), checkpoint.where)
     arch = architecture_of(spec, checkpoint.where)
     config = check(checkpoint)
-    tensors = _plan(checkpoint, spec, config, mix, importance)
+    layout = spec.tensors(config)
     metadata = _metadata(checkpoint, arch, config, mix.file_type)
+    tensors = _plan(checkpoint, layout, arch, config, mix, importance)
     if importance is not None:
         metadata |= importance[1].metadata(importance[0])
     with new_file(path, overwrite=overwrite) as temporary:
-        _write(checkpoint, arch, temporary, tensors, metadata, rope_tensors(config.rope, config.head_dim))
+        extra = rope_tensors(config.rope, config.head_dim)
+        _write(checkpoint, layout, arch, temporary, tensors, metadata, extra)
     return Path(path)
 
 
@@ -100,31 +106,41 @@ def architecture_of(spec: ArchSpec, where: object) -> GGUFArch:
 
 def _plan(
     checkpoint: Checkpoint,
-    spec: ArchSpec,
+    layout: Layout,
+    arch: GGUFArch,
     config: DecoderConfig,
     mix: Mix,
     importance: tuple[Path, ImportanceMatrix] | None,
 ) -> list[_Tensor]:
     """What is written, in the checkpoint's order; a stored copy of a tied head or computed buffers are left out."""
-    arch, expected = architecture_of(spec, checkpoint.where), spec.tensors(config).hf_shapes
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name in expected}
-    names = gguf_names(shapes, arch.name, config.num_hidden_layers)
+    names = [name for name in checkpoint.tensors if name in layout.hf]
+    found = gguf_tensors(names, layout, arch.name, config.num_hidden_layers)
     queries_per_key = config.num_attention_heads // config.num_key_value_heads
-    facts = ModelFacts(config.num_hidden_layers, queries_per_key, importance is not None)
-    choices = choose_types(mix, {names[hf]: shape for hf, shape in shapes.items()}, facts)
+    n_experts = config.moe.num_experts if config.moe else 0
+    facts = ModelFacts(config.num_hidden_layers, queries_per_key, importance is not None, n_experts)
+    choices = choose_types(mix, {tensor.name: tensor.shape for tensor in found}, facts)
+    stored = {tensor.name for tensor in found if _held_in_mxfp4(checkpoint, tensor.parts[0]) is not None}
+    choices |= dict.fromkeys(stored, Choice(GGMLQuantizationType.MXFP4, GGMLQuantizationType.MXFP4))
     _warn_of_other_types(mix, choices.values())
     tensors = []
-    for hf, shape in shapes.items():
-        known = None if importance is None else importance[1].of(names[hf], shape, importance[0])
-        tensors.append(_Tensor(hf, names[hf], shape, choices[names[hf]].type, known))
+    for tensor in found:
+        known = None if importance is None else importance[1].of(tensor.name, tensor.shape, importance[0])
+        tensors.append(_Tensor(tensor, choices[tensor.name].type, known, tensor.name in stored))
     if importance is not None:
         _warn_of_unknown(tensors, importance[0])
     return tensors
 
 
+def _held_in_mxfp4(checkpoint: Checkpoint, name: str) -> MXFP4Tensor | None:
+    """The decoder's weight of that name, where the checkpoint holds it so."""
+    weight = checkpoint.expert(name) if isinstance(checkpoint, ExpertCheckpoint) else None
+    return weight if isinstance(weight, MXFP4Tensor) else None
+
+
 def _warn_of_unknown(tensors: list[_Tensor], where: Path) -> None:
     """Embedding and head aside, which llama.cpp's matrices leave out as well."""
-    unknown = [t.name for t in tensors if t.type in WEIGHTED and t.importance is None and t.name.startswith("blk.")]
+    without = [tensor for tensor in tensors if tensor.type in WEIGHTED and tensor.importance is None]
+    unknown = [tensor.of.name for tensor in without if tensor.of.name.startswith("blk.")]
     if unknown:
         warn(f"{where} says nothing about {', '.join(unknown)}; they are quantized without")
 
@@ -156,6 +172,7 @@ def _metadata(
 
 def _write(
     checkpoint: Checkpoint,
+    layout: Layout,
     arch: GGUFArch,
     path: Path,
     tensors: list[_Tensor],
@@ -167,7 +184,7 @@ def _write(
         for name, array in extra.items():
             writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
         for tensor in tensors:
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
+            writer.add_tensor_info(tensor.of.name, tensor.of.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
         _describe(writer, checkpoint)
         for key, value in metadata.items():
             _add(writer, key, value)
@@ -177,9 +194,26 @@ def _write(
         for array in extra.values():
             writer.write_tensor_data(array)
         for tensor in track(tensors, "writing GGUF"):
-            array = arch.to_gguf(tensor.hf_name, checkpoint.read(tensor.hf_name), checkpoint.config)
-            where = f"{checkpoint.where}, tensor {tensor.hf_name}"
-            writer.write_tensor_data(encode(array, tensor.type, tensor.importance, where))
+            writer.write_tensor_data(_encoded(checkpoint, layout, arch, tensor))
+
+
+def _encoded(checkpoint: Checkpoint, layout: Layout, arch: GGUFArch, tensor: _Tensor) -> np.ndarray:
+    """The tensor's bytes; experts are encoded one by one, so that no more than one is held in float32."""
+    where = f"{checkpoint.where}, tensor {tensor.of.hf_name}"
+    if not tensor.of.of_experts:
+        array = arch.to_gguf(tensor.of.hf_name, checkpoint.read(tensor.of.hf_name), checkpoint.config)
+        return encode(array, tensor.type, tensor.importance, where)
+    if tensor.as_stored:
+        weights = (_held_in_mxfp4(checkpoint, part) for part in tensor.of.parts)
+        return np.stack([to_blocks(weight) for weight in weights if weight is not None])
+    read = functools.cache(checkpoint.read)  # HF may hold all experts in one tensor
+    importance = tensor.importance if tensor.importance is not None else [None] * len(tensor.of.parts)
+    return np.stack(
+        [
+            encode(layout.decoder[part].read(read), tensor.type, known, where)
+            for part, known in zip(tensor.of.parts, importance, strict=True)
+        ]
+    )
 
 
 def _describe(writer: GGUFWriter, checkpoint: Checkpoint) -> None:

@@ -15,10 +15,11 @@ from converters.archs.base import ArchSpec, GGUFArch, MetadataReader
 from converters.archs.gguf_rope import FACTORS, FREQUENCIES, recognise_llama3
 from converters.checkpoint import TensorInfo, check_tensors
 from converters.gguf_header import TensorEntry, read_header, stored_bytes
-from converters.gguf_tensors import gguf_names
+from converters.gguf_mxfp4 import from_blocks
+from converters.gguf_tensors import gguf_tensors, is_expert
 from converters.gguf_tokenizer import read_tokenizer, special_token_ids
 from jaxft.errors import JaxftError
-from jaxft.models.config import DecoderConfig
+from jaxft.quant import MXFP4Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,7 @@ _SIZES = (
 
 
 class GGUFCheckpoint:
-    """A GGUF file; implements `converters.checkpoint.Checkpoint`.
+    """A GGUF file; implements `converters.checkpoint.Checkpoint`, and `ExpertCheckpoint` for experts in MXFP4.
 
     Opening reads and checks the header only. `config` is derived: GGUF stores no config.json. Its dtype is that of the
     file's matrices if they are all of one half-precision type, else float32; norms are float32 in every GGUF file.
@@ -65,10 +66,15 @@ class GGUFCheckpoint:
         self._spec, self._arch = _architecture(header.metadata, path)
         check_types(header.tensors, path)
         self.config = self._read_config(header.tensors)
-        self._entries = self._by_hf_name(header.tensors)
+        config = self._spec.decoder_config(self.config, self.where)
+        self._layout = self._spec.tensors(config)
+        self._entries = self._by_part(header.tensors, config.num_hidden_layers)
+        whole_of = {part: name for name, source in self._layout.hf.items() for part in source.names}
         self.tensors = {
-            name: TensorInfo(entry.shape, _STORED.get(entry.type, np.dtype(np.float32)))
-            for name, entry in self._entries.items()
+            whole_of[part]: TensorInfo(
+                self._layout.hf[whole_of[part]].shape, _STORED.get(entry.type, np.dtype(np.float32))
+            )
+            for part, entry in self._entries.items()
         }
         self.config["dtype"] = _dtype_name(self.tensors)
 
@@ -88,8 +94,19 @@ class GGUFCheckpoint:
 
         The rows of q and k come in HF's order.
         """
-        array = read_entry(self._path, self._entries[name])
+        parts = self._layout.hf[name].names
+        if is_expert(parts[0]):
+            return self._layout.hf[name].read(lambda part: read_entry(self._path, self._entries[part]))
+        array = read_entry(self._path, self._entries[parts[0]])
         return np.ascontiguousarray(self._arch.from_gguf(name, array, self.config))
+
+    def expert(self, name: str) -> MXFP4Tensor | None:
+        """The decoder's weight of that name as it is stored, of numpy arrays; None where it is not in MXFP4."""
+        entry = self._entries.get(name)
+        if entry is None or entry.type != GGMLQuantizationType.MXFP4 or not is_expert(name):
+            return None
+        rows, columns = entry.shape
+        return from_blocks(stored_bytes(self._path, entry), (rows, columns))
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer built from the metadata; None where the file says it has none.
@@ -126,27 +143,39 @@ class GGUFCheckpoint:
             }
         return config
 
-    def _by_hf_name(self, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-        """The file's tensors under their HF names, in the order of the file."""
-        config: DecoderConfig = self._spec.decoder_config(self.config, self.where)
-        expected = self._spec.tensors(config).hf_shapes
-        names = gguf_names(expected, self._arch.name, config.num_hidden_layers)
+    def _by_part(self, entries: dict[str, TensorEntry], n_layers: int) -> dict[str, TensorEntry]:
+        """The place of each of the decoder's tensors, in the file's order; parts of one whole have the same."""
+        expected = {t.name: t for t in gguf_tensors(self._layout.hf, self._layout, self._arch.name, n_layers)}
         weights = {name: entry.shape for name, entry in entries.items() if name not in (FREQUENCIES, *FACTORS.values())}
-        check_tensors(weights, {names[hf]: shape for hf, shape in expected.items()}, self.where)
-        hf_names = {gguf_name: hf for hf, gguf_name in names.items()}
-        return {hf_names[name]: entries[name] for name in weights}
+        check_tensors(weights, {name: tensor.shape for name, tensor in expected.items()}, self.where)
+        found: dict[str, TensorEntry] = {}
+        for name in weights:
+            tensor = expected[name]
+            places = _experts(entries[name]) if tensor.of_experts else [entries[name]] * len(tensor.parts)
+            found |= dict(zip(tensor.parts, places, strict=True))
+        return found
 
 
 def _architecture(metadata: dict[str, Any], where: object) -> tuple[ArchSpec, GGUFArch]:
     name = metadata.get("general.architecture")
-    known = {spec.gguf.name: (spec, spec.gguf) for spec in reversed(ARCHS.values()) if spec.gguf}
-    if name not in known:
+    known = [(spec, spec.gguf) for spec in ARCHS.values() if spec.gguf]
+    found = [(spec, arch) for spec, arch in known if arch.name == name]
+    if not found:
         raise JaxftError(
             f"{where}, key general.architecture",
-            f"{name!r} is not supported (supported: {', '.join(sorted(known))})",
+            f"{name!r} is not supported (supported: {', '.join(sorted({arch.name for _, arch in known}))})",
             "CONTRIBUTING.md has the recipe for a new architecture",
         )
-    return known[name]
+    # One graph of llama.cpp may be several of HF's classes, with experts and without.
+    experts = bool(metadata.get(f"{name}.expert_count"))
+    return next((each for each in found if each[1].experts == experts), found[0])
+
+
+def _experts(entry: TensorEntry) -> list[TensorEntry]:
+    """The places of the first axis' entries, which lie one behind the other."""
+    n, *shape = entry.shape
+    size = entry.nbytes // n
+    return [entry._replace(shape=tuple(shape), offset=entry.offset + i * size, nbytes=size) for i in range(n)]
 
 
 def check_types(entries: dict[str, TensorEntry], where: object) -> None:

@@ -20,6 +20,7 @@ class ModelFacts(NamedTuple):
     n_layers: int
     queries_per_key: int
     has_importance: bool = False
+    n_experts: int = 0
 
 
 class Choice(NamedTuple):
@@ -138,6 +139,17 @@ MIXES = {
     "tq2_0": Mix(Type.TQ2_0, LlamaFileType.MOSTLY_TQ2_0, _TERNARY_RULES),
 }
 
+# Attention is a small part of Mixtral, so its matrices get more bits in llama.cpp's files.
+_EIGHT_EXPERTS = 8
+_LOW_BITS = (Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.IQ4_NL, Type.IQ4_XS)
+
+
+def _rules_of_eight_experts(mix: Mix) -> tuple[_Rule, ...]:
+    rules = (_Rule("attn_v", Type.Q8_0), _Rule("attn_k", Type.Q8_0))
+    few = mix.type in _LOW_BITS and mix.file_type != LlamaFileType.MOSTLY_Q3_K_L
+    return (*rules, _Rule("attn_output", Type.Q5_K)) if few else rules
+
+
 _UNQUANTIZED = (Type.F32, Type.F16, Type.BF16)
 
 # For rows that are whole blocks of 32 but not of 256; a type that is not here gives way to float16.
@@ -166,8 +178,13 @@ def choose_types(mix: Mix, shapes: Mapping[str, tuple[int, ...]], model: ModelFa
     return {name: Choice(kind, _fitting(kind, shapes[name][-1])) for name, kind in wanted.items()}
 
 
+def stays_exact(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is in float32 in files of any type: vectors, norms, biases, and what chooses experts."""
+    return len(shape) == 1 or not name.endswith(".weight") or name.endswith("_norm.weight") or "ffn_gate_inp" in name
+
+
 def _wanted(mix: Mix, name: str, shape: tuple[int, ...], model: ModelFacts, *, tied: bool) -> Type:
-    if len(shape) == 1 or name.endswith("_norm.weight"):
+    if stays_exact(name, shape):
         return Type.F32
     if mix.type in _UNQUANTIZED:
         return mix.type
@@ -181,7 +198,12 @@ def _by_rules(mix: Mix, name: str, model: ModelFacts) -> Type:
     part = name.split(".")[-2]
     layer = re.match(r"blk\.(\d+)\.", name)
     number = int(layer[1]) if layer else 0
-    kind = next((rule.type for rule in mix.rules if rule.part == part and rule.where(number, model)), mix.type)
+    rules = mix.rules
+    if model.n_experts == _EIGHT_EXPERTS:
+        rules = (*_rules_of_eight_experts(mix), *(rule for rule in rules if rule.part != "attn_output"))
+    # Experts' and shared experts' linears are under their MLP's rules, but for those of their own.
+    parts = (part, part.removesuffix("_exps").removesuffix("_shexp"))
+    kind = next((rule.type for rule in rules if rule.part in parts and rule.where(number, model)), mix.type)
     # llama.cpp's "70B" is 80 layers with shared keys: its attn_v is an eighth of attn_q.
     if part == "attn_v" and model.n_layers == 80 and model.queries_per_key > 1 and kind in (Type.Q3_K, Type.Q4_K):
         return Type.Q5_K

@@ -18,7 +18,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from converters.gguf_export import check_quantization, encode
 from converters.gguf_header import MAGIC, Header, TensorEntry, alignment_of, read_header, stored_bytes
 from converters.gguf_import import check_types, read_entry
-from converters.gguf_mixes import Mix, ModelFacts, choose_types
+from converters.gguf_mixes import Mix, ModelFacts, choose_types, stays_exact
 from converters.imatrix import ImportanceMatrix
 from jaxft.console import track
 from jaxft.errors import JaxftError
@@ -68,11 +68,7 @@ def requantize(
 
 def _types(header: Header, mix: Mix, source: Path, has_importance: bool) -> dict[str, GGMLQuantizationType]:
     """Every tensor's new type."""
-    matrices = {
-        name: entry.shape
-        for name, entry in header.tensors.items()
-        if len(entry.shape) > 1 and name.endswith(".weight") and not name.endswith("_norm.weight")
-    }
+    matrices = {name: entry.shape for name, entry in header.tensors.items() if not stays_exact(name, entry.shape)}
     choices = choose_types(mix, matrices, _facts(header.metadata, source, has_importance))
     return {name: choices[name].type if name in choices else entry.type for name, entry in header.tensors.items()}
 
@@ -84,7 +80,8 @@ def _facts(metadata: dict[str, Any], source: Path, has_importance: bool) -> Mode
     sizes = [int(np.max(size)) if isinstance(size, int | np.ndarray) else 0 for size in (layers, heads, shared)]
     if min(sizes) < 1:
         raise JaxftError(source, f"does not say how many layers and heads it has (architecture {arch!r})")
-    return ModelFacts(sizes[0], sizes[1] // sizes[2], has_importance)
+    experts = metadata.get(f"{arch}.expert_count", 0)
+    return ModelFacts(sizes[0], sizes[1] // sizes[2], has_importance, experts if isinstance(experts, int) else 0)
 
 
 def _data(

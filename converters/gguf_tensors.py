@@ -1,14 +1,65 @@
-"""Which HF tensor is which GGUF tensor."""
+"""Which tensors are in a GGUF file: those of an HF checkpoint, but for experts, of which it stacks each linear."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import gguf
 
+from converters.layout import Layout, Shape
 from jaxft.errors import JaxftError
 
 _ARCHS = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+class GGUFTensor(NamedTuple):
+    """One tensor of a file.
+
+    Attributes:
+      name: in the file.
+      hf_name: the HF tensor that it is; of experts, the decoder's name without the expert's number.
+      shape: [...], or [E, ...] of experts.
+      parts: the decoder's tensors in it; of experts, one each, in their order.
+      of_experts: the parts are stacked.
+    """
+
+    name: str
+    hf_name: str
+    shape: Shape
+    parts: tuple[str, ...]
+    of_experts: bool
+
+
+def gguf_tensors(hf_names: Iterable[str], layout: Layout, arch: str, n_layers: int) -> list[GGUFTensor]:
+    """The file's tensors that hold these HF tensors, in their order.
+
+    Raises:
+      JaxftError: GGUF has no name for some of them; all are listed.
+    """
+    experts: dict[str, list[str]] = {}
+    found: dict[str, tuple[str, ...]] = {}
+    for hf_name in hf_names:
+        parts = layout.hf[hf_name].names
+        for part in parts:
+            stacked = _EXPERT.sub(".experts.", part)
+            if stacked == part:
+                found[hf_name] = parts
+            else:
+                experts.setdefault(stacked, []).append(part)
+                found[stacked] = ()
+    names = gguf_names(found, arch, n_layers)
+    tensors = []
+    for hf_name, parts in found.items():
+        if hf_name in experts:
+            parts = tuple(sorted(experts[hf_name], key=_number))
+            shape = (len(parts), *layout.decoder[parts[0]].shape)
+        else:
+            shape = layout.hf[hf_name].shape
+        tensors.append(GGUFTensor(names[hf_name], hf_name, shape, parts, hf_name in experts))
+    return tensors
 
 
 def gguf_names(hf_names: Iterable[str], arch: str, n_layers: int) -> dict[str, str]:
@@ -22,4 +73,15 @@ def gguf_names(hf_names: Iterable[str], arch: str, n_layers: int) -> dict[str, s
     unnamed = [name for name, gguf_name in found.items() if gguf_name is None]
     if unnamed:
         raise JaxftError(f"GGUF architecture {arch}", f"has no name for the tensors {', '.join(unnamed)}")
-    return {name: gguf_name for name, gguf_name in found.items() if gguf_name}
+    # What is a bare parameter in HF is a weight there.
+    return {name: n if n.endswith((".weight", ".bias")) else f"{n}.weight" for name, n in found.items() if n}
+
+
+def is_expert(name: str) -> bool:
+    """Whether a decoder's tensor is one expert's."""
+    return _EXPERT.search(name) is not None
+
+
+def _number(name: str) -> int:
+    found = _EXPERT.search(name)
+    return int(found[1]) if found else 0

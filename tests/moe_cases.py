@@ -52,6 +52,10 @@ MOE_CASES: dict[str, dict[str, dict[str, Any]]] = {
             **_DERIVED_HEADS, "num_experts": 4, "num_experts_per_tok": 3, "intermediate_size": 24,
             "norm_topk_prob": True, "num_key_value_heads": 4,
         },
+        "no grouping": {
+            **_DERIVED_HEADS, "num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 24,
+            "num_key_value_heads": 4,
+        },
     },
     "mixtral": {
         "experts": {**_SIZES, "head_dim": 12, "num_local_experts": 5, "num_experts_per_tok": 2},

@@ -19,7 +19,7 @@ from converters.archs import ARCHS
 from jaxft.data.batch import Batch
 from jaxft.models.decoder import Decoder
 from llama_cases import gradient_summary
-from models import batch_of, cheaply_compiled, decoder_of, hf_gradients, plain_examples, through_cache, train_everything
+from models import batch_of, decoder_of, hf_gradients, plain_examples, through_cache, train_everything
 
 FOLDER = Path(__file__).parent / "vectors"
 VECTORS = {**load_file(FOLDER / "archs.safetensors"), **load_file(FOLDER / "archs_moe.safetensors")}
@@ -46,7 +46,7 @@ def loss_and_logits(decoder: Decoder, batch: Batch) -> tuple[Any, jax.Array]:
         total, weight = pk.linear_cross_entropy(rows, model.head(), targets, weights, **model.head_settings())
         return total / weight, model.logits(hidden)
 
-    return cheaply_compiled(jax.grad(loss, has_aux=True), params, one)(params, one)
+    return jax.jit(jax.grad(loss, has_aux=True))(params, one)
 
 
 def check_gradients(gradients: dict[str, np.ndarray], expected: np.ndarray) -> None:

@@ -101,7 +101,7 @@ def test_dtype_is_that_of_the_matrices(make_tiny_hf: Any, tmp_path: Path) -> Non
 MUTATED_METADATA = {
     "architecture": ({"general.architecture": "mamba"}, r"'mamba' is not supported \(supported: .*llama"),
     "unknown_key": ({"llama.logit_scale": 2.0}, "unknown metadata: llama.logit_scale = 2.0"),
-    "experts": ({"llama.expert_count": 8}, "llama.expert_count: the value 8 is not supported"),
+    "experts": ({"llama.expert_count": 8}, "llama.expert_used_count: is missing"),
     "missing_key": ({"llama.embedding_length": None}, "llama.embedding_length: is missing"),
     "wrong_type": ({"llama.block_count": "three"}, "llama.block_count: must be a positive integer, not 'three'"),
     "per_layer": ({"llama.attention.head_count_kv": [2, 2, 1]}, "head_count_kv: must be a positive integer"),

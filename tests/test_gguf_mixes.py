@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +17,11 @@ from converters.gguf_import import GGUFCheckpoint
 from converters.gguf_mixes import MIXES, choose_types
 from converters.hf_load import HFCheckpoint
 from converters.imatrix import ImportanceMatrix
-from gguf_mix_cases import MODELS, compact, shapes_and_facts
+from gguf_mix_cases import MODELS, compact, mix_config, shapes_and_facts
 from jaxft.fetch import Pinned
 from llamacpp import LlamaCpp
 from pinned import LLAMA_CPP, LLAMA_CPP_DECLARATIONS
+from tiny import write_tiny_hf
 
 VECTORS = json.loads((Path(__file__).parent / "vectors/gguf_mixes.json").read_text())
 
@@ -85,9 +85,9 @@ def compare(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [model for model in MODELS if model != "smollm2"])
-def test_files_are_llamacpps(model: str, make_tiny_hf: Any, tmp_path: Path, llama: LlamaCpp) -> None:
+def test_files_are_llamacpps(model: str, tmp_path: Path, llama: LlamaCpp) -> None:
     """Random weights in shapes of which K-quants are made."""
-    checkpoint = HFCheckpoint(make_tiny_hf(tmp_path / "hf", **MODELS[model]))
+    checkpoint = HFCheckpoint(write_tiny_hf(tmp_path / "hf", mix_config(**MODELS[model]), with_tokenizer=True))
     for mix, types in VECTORS[model].items():
         compare(checkpoint, mix, tmp_path, llama, types)
 
@@ -99,17 +99,23 @@ def test_smollm2_is_llamacpps(mix: str, smollm2_gguf: Path, tmp_path: Path, llam
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["whole_blocks", "odd_rows"])
-def test_files_with_importance_are_llamacpps(model: str, make_tiny_hf: Any, tmp_path: Path, llama: LlamaCpp) -> None:
-    """All mixes, of which some choose other types with an importance matrix; one tensor is not in it."""
-    checkpoint = HFCheckpoint(make_tiny_hf(tmp_path / "hf", **MODELS[model]))
+@pytest.mark.parametrize(
+    ("model", "mixes"), [("whole_blocks", MIXES), ("odd_rows", MIXES), ("eight_experts", ("q4_0", "q4_k_m"))]
+)
+def test_files_with_importance_are_llamacpps(
+    model: str, mixes: Collection[str], tmp_path: Path, llama: LlamaCpp
+) -> None:
+    """Some mixes choose other types with an importance matrix; one tensor is not in it."""
+    checkpoint = HFCheckpoint(write_tiny_hf(tmp_path / "hf", mix_config(**MODELS[model]), with_tokenizer=True))
     shapes, _ = shapes_and_facts(MODELS[model])
     rng = np.random.default_rng(0)
     sums = {
-        name: rng.exponential(1, (1, shape[-1])).astype(np.float32) * 7
+        name: rng.exponential(1, (shape[0] if len(shape) == 3 else 1, shape[-1])).astype(np.float32) * 7
         for name, shape in shapes.items()
         if len(shape) > 1 and name.startswith("blk.") and name != "blk.1.attn_k.weight"
     }
-    importance = ImportanceMatrix(sums, {name: np.full(1, 7, np.float32) for name in sums}, "random", 7, 1)
-    for mix in VECTORS[model]:
+    importance = ImportanceMatrix(
+        sums, {name: np.full(len(total), 7, np.float32) for name, total in sums.items()}, "random", 7, 1
+    )
+    for mix in mixes:
         compare(checkpoint, mix, tmp_path, llama, None, importance)

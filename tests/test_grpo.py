@@ -52,6 +52,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_it_learns_what_is_rewarded(model: LanguageModel, tmp_path: Path) -> None:
     result = trainer_of(model, tmp_path / "run", beta=0.01).train()
     rollouts = lines(tmp_path / "run" / "rollouts.jsonl")

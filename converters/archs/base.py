@@ -13,7 +13,7 @@ from converters.expert_layout import StackExperts
 from converters.layout import Layout, LayoutOp, layout_of
 from converters.tensor_ops import TensorOp
 from jaxft.errors import JaxftError
-from jaxft.models.config import DecoderConfig
+from jaxft.models.config import DecoderConfig, RopeKind
 from jaxft.models.params import expected_tensors
 
 # Fields of config.json that say nothing about the forward pass.
@@ -147,12 +147,14 @@ class GGUFArch:
       write_metadata: the inverse, from the config: {key without the prefix: value} in llama.cpp's converter's order;
         raises JaxftError for a fact that llama.cpp's implementation of the architecture does not have.
       tensor_ops: reversible changes from HF tensors to GGUF's; none for most tensors.
+      experts: it is the architecture with experts, where llama.cpp has one name for both.
     """
 
     name: str
     read_config: Callable[[MetadataReader], dict[str, Any]]
     write_metadata: Callable[[DecoderConfig], dict[str, int | float | str]]
     tensor_ops: tuple[TensorOp, ...] = ()
+    experts: bool = False
 
     def to_gguf(self, name: str, array: np.ndarray, config: dict[str, Any]) -> np.ndarray:
         """The HF tensor `name` as GGUF stores it; `config` is the HF config."""
@@ -182,6 +184,7 @@ class ArchSpec:
       layout: how the tensors of an HF checkpoint differ from the decoder's.
       expert_parameters: how transformers' class holds the experts' weights, which peft's target_parameters name, in the
         class's order.
+      no_greedy: the kinds of RoPE with which greedy tokens were not compared with transformers'.
     """
 
     model_type: str
@@ -191,6 +194,7 @@ class ArchSpec:
     models: str
     layout: tuple[LayoutOp, ...] = ()
     expert_parameters: tuple[StackExperts, ...] = ()
+    no_greedy: tuple[RopeKind, ...] = ()
 
     def decoder_config(self, config: dict[str, Any], where: object) -> DecoderConfig:
         """The DecoderConfig of an HF config dict; raises JaxftError on any field that is not understood."""

@@ -82,6 +82,7 @@ def read_common_gguf(
     eps: str = "rms_norm_eps",
     eps_key: str = RMS_EPS,
     whole_heads: bool = True,
+    moe: bool = False,
 ) -> dict[str, Any]:
     """The fields of an HF config that nearly every family has, from the keys of `write_common_gguf`.
 
@@ -91,11 +92,12 @@ def read_common_gguf(
       activation, eps: how the family's HF config spells those.
       eps_key: the key of the norms' epsilon.
       whole_heads: all of a head is rotated, and no other value of `rope.dimension_count` is possible.
+      moe: the architecture has experts, which are for `read_moe_gguf`.
     """
     hidden, heads = reader.size("embedding_length"), reader.size("attention.head_count")
     head_dim = reader.size("attention.key_length", hidden // heads)
     reader.expect("attention.value_length", head_dim)
-    for experts in ("expert_count", "expert_used_count"):
+    for experts in () if moe else ("expert_count", "expert_used_count"):
         reader.expect(experts, 0)
     reader.ignore("tensor_data_layout")
     rope = read_gguf_rope(reader)
@@ -134,6 +136,7 @@ def write_common_gguf(
     whole_heads: bool = True,
     interleaved: bool = False,
     rope_kinds: Sequence[RopeKind] = ("default", "linear", "llama3", "yarn"),
+    yarn_truncate: bool = True,
     **graph: Any,
 ) -> dict[str, int | float | str]:
     """The keys that nearly every architecture has, after a check that GGUF can say everything else, too.
@@ -142,7 +145,7 @@ def write_common_gguf(
       config: the decoder's facts.
       eps_key: as of `read_common_gguf`.
       said: fields of the config that the architecture's own keys, or its tensors, say.
-      whole_heads, interleaved, rope_kinds: what llama.cpp's graph of the architecture can rotate.
+      whole_heads, interleaved, rope_kinds, yarn_truncate: what llama.cpp's graph of the architecture can rotate.
       **graph: the values of fields that it fixes; other fields must have DecoderConfig's default.
 
     Raises:
@@ -151,11 +154,11 @@ def write_common_gguf(
     without_windows = () if "layer_types" in graph else ("layer_types",)
     for field in dataclasses.fields(config):
         if field.name in graph or field.name not in {*_SAID, *said, *without_windows}:
-            _check(field.name, getattr(config, field.name), (graph.get(field.name, field.default),))
-    _check("rope_type", config.rope.kind, rope_kinds)
-    _check("interleaved rotation", config.rope.interleaved, (interleaved,))
+            check_fact(field.name, getattr(config, field.name), (graph.get(field.name, field.default),))
+    check_fact("rope_type", config.rope.kind, rope_kinds)
+    check_fact("interleaved rotation", config.rope.interleaved, (interleaved,))
     if whole_heads:
-        _check("partial_rotary_factor", config.rope.partial_rotary_factor, (1.0,))
+        check_fact("partial_rotary_factor", config.rope.partial_rotary_factor, (1.0,))
     return {
         "block_count": config.num_hidden_layers,
         "context_length": _context_within_window(config) if without_windows else config.max_position_embeddings,
@@ -163,7 +166,7 @@ def write_common_gguf(
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
-        **write_gguf_rope(config.rope),
+        **write_gguf_rope(config.rope, truncate=yarn_truncate),
         eps_key: config.rms_norm_eps,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
@@ -184,7 +187,8 @@ def _context_within_window(config: DecoderConfig) -> int:
     return window
 
 
-def _check(name: str, value: Any, supported: Sequence[Any]) -> None:
+def check_fact(name: str, value: Any, supported: Sequence[Any]) -> None:
+    """Raises JaxftError where llama.cpp's graph has only the `supported` values."""
     if value not in supported:
         only = " or ".join(map(repr, supported))
         raise JaxftError(f"config field {name}", f"this GGUF architecture cannot say {value!r} (only {only})")

@@ -13,6 +13,7 @@ import numpy as np
 
 from converters.archs.base import MetadataReader
 from converters.archs.rope import yarn_mscale
+from jaxft.console import warn
 from jaxft.errors import JaxftError
 from jaxft.models.config import RopeConfig
 
@@ -50,8 +51,13 @@ def read_gguf_rope(reader: MetadataReader) -> dict[str, Any]:
     return parameters
 
 
-def write_gguf_rope(rope: RopeConfig) -> dict[str, int | float | str]:
+def write_gguf_rope(rope: RopeConfig, *, truncate: bool = True) -> dict[str, int | float | str]:
     """The `rope.*` keys; "llama3" has none beside its theta, see `rope_divisors`.
+
+    Args:
+      rope: the rotation.
+      truncate: of the architecture's YaRN. llama.cpp rounds where the blend begins and ends in any case; a warning
+        says so where the model does not.
 
     Raises:
       JaxftError: a YaRN whose attention factor or blend is not the paper's.
@@ -61,12 +67,14 @@ def write_gguf_rope(rope: RopeConfig) -> dict[str, int | float | str]:
         keys |= {"rope.scaling.type": rope.kind, "rope.scaling.factor": float(rope.factor)}
     if rope.kind == "yarn":
         expected = yarn_mscale(rope.factor, 1)
-        if not rope.truncate or not math.isclose(rope.attention_factor, expected, rel_tol=1e-6):
+        if rope.truncate != truncate or not math.isclose(rope.attention_factor, expected, rel_tol=1e-6):
             raise JaxftError(
                 "config field rope_parameters",
-                f"GGUF's yarn has truncate = True and attention_factor = {expected:g}, not {rope.truncate} and "
+                f"GGUF's yarn has truncate = {truncate} and attention_factor = {expected:g}, not {rope.truncate} and "
                 f"{rope.attention_factor:g}",
             )
+        if not truncate:
+            warn("llama.cpp rounds where YaRN's blend of frequencies begins and ends, which this model does not")
         keys |= {_ORIGINAL: rope.original_max_position_embeddings}
         keys |= {_BETA_FAST: float(rope.beta_fast)} if rope.beta_fast != 32 else {}
         keys |= {_BETA_SLOW: float(rope.beta_slow)} if rope.beta_slow != 1 else {}

@@ -5,14 +5,18 @@ Their experts come in MXFP4 (`converters.mxfp4`) or, once converted, in the layo
 
 from __future__ import annotations
 
-from converters.archs.base import ArchSpec, ConfigReader
-from converters.archs.common import read_common, read_windows
-from converters.archs.moe import read_moe
+from typing import Any
+
+from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
+from converters.archs.common import every, read_common, read_common_gguf, read_windows, write_common_gguf
+from converters.archs.moe import read_moe, read_moe_gguf, write_moe_gguf
 from converters.expert_layout import Rename, StackExperts
-from jaxft.models.config import DecoderConfig, LayerType
+from jaxft.models.config import DecoderConfig
 
 # gate and up in turn: columns 0, 2, 4, ... and 1, 3, 5, ...; weights are [in, out].
 _GATE_UP, _DOWN = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"), ("mlp.experts.{}.down_proj",)
+
+_WINDOW, _WIDTHS = "attention.sliding_window", ("moe_intermediate_size",)
 
 # Of transformers' GptOssConfig.
 _ROPE = {
@@ -29,13 +33,12 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     reader.default(_ROPE, "rope_parameters", "rope_scaling")
     fields = read_common(reader, theta=150000.0)
     layers, bias = fields["num_hidden_layers"], reader.take("attention_bias", True)
-    alternating: list[LayerType] = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
     # Other spellings of fields that are there, and fields that transformers' class does not look at.
     for name in ("experts_per_token", "initial_context_length"):
         reader.take(name, None)
     return DecoderConfig(
         **fields,
-        **read_windows(reader, layers, alternating),
+        **read_windows(reader, layers, every(layers, 2)),
         qkv_bias=bias,
         o_bias=bias,
         attention_sinks=True,
@@ -53,6 +56,32 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     )
 
 
+def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
+    fields = {
+        **read_common_gguf(reader, moe=True),
+        **read_moe_gguf(reader, experts="num_local_experts", widths=_WIDTHS),
+    }
+    fields["intermediate_size"] = fields.pop("moe_intermediate_size")
+    if fields["rope_parameters"]["rope_type"] == "yarn":
+        fields["rope_parameters"]["truncate"] = False
+    return {**fields, "sliding_window": reader.size(_WINDOW)}
+
+
+def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
+    keys = write_common_gguf(
+        config,
+        said=("moe",),
+        qkv_bias=True,
+        o_bias=True,
+        attention_sinks=True,
+        layer_types=every(config.num_hidden_layers, 2),
+        rope_kinds=("default", "yarn"),
+        yarn_truncate=False,
+    )
+    graph = {"norm_topk_prob": True, "router_bias": True, "expert_bias": True, "expert_act": "clamped_swiglu"}
+    return {**keys, **write_moe_gguf(config, widths=_WIDTHS, **graph), _WINDOW: config.sliding_window or 0}
+
+
 def _of(parts: tuple[str, ...], kind: str) -> tuple[str, ...]:
     return tuple(f"{part}.{kind}" for part in parts)
 
@@ -66,7 +95,7 @@ GPT_OSS = ArchSpec(
     model_type="gpt_oss",
     architecture="GptOssForCausalLM",
     read_config=_read_config,
-    gguf=None,
+    gguf=GGUFArch("gpt-oss", _read_gguf, _write_gguf, experts=True),
     models="gpt-oss-20b, gpt-oss-120b",
     layout=(
         Rename("mlp.router", "mlp.gate"),

@@ -32,21 +32,30 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     )
 
 
-def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
+def read_granite_gguf(reader: MetadataReader, *, moe: bool = False) -> dict[str, Any]:
+    """The fields that Granite has with and without experts."""
     return {
-        **read_common_gguf(reader),
+        **read_common_gguf(reader, moe=moe),
         "attention_bias": "blk.0.attn_q.bias" in reader.tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in reader.tensors,
         **{field: reader.number(key) for field, key in _SCALES.items()},
     }
 
 
-def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
+def write_granite_gguf(config: DecoderConfig, *said: str) -> dict[str, int | float | str]:
+    """The inverse; `said` as of `write_common_gguf`."""
     scales = ("attention_scale", "embedding_multiplier", "residual_multiplier", "logit_scale")
     values = dict(zip(_SCALES.values(), (getattr(config, name) for name in scales), strict=True))
     values["logit_scale"] = 1.0 / config.logit_scale  # GGUF's divides, too
-    keys = write_common_gguf(config, said=("qkv_bias", "o_bias", "mlp_bias", *scales))
+    keys = write_common_gguf(config, said=("qkv_bias", "o_bias", *scales, *said))
     return {**keys, **{key: float(value) for key, value in values.items()}}
+
+
+def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
+    return {**read_granite_gguf(reader), "mlp_bias": "blk.0.ffn_up.bias" in reader.tensors}
+
+
+def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
+    return write_granite_gguf(config, "mlp_bias")
 
 
 GRANITE = ArchSpec(

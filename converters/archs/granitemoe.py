@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from converters.archs.base import ArchSpec, ConfigReader
+from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
 from converters.archs.common import read_common
-from converters.archs.moe import EXPERT_PARAMETERS, read_moe
+from converters.archs.granite import read_granite_gguf, write_granite_gguf
+from converters.archs.moe import EXPERT_PARAMETERS, read_moe, read_moe_gguf, write_moe_gguf
 from converters.expert_layout import Rename
+from converters.tensor_ops import PERMUTE_QK
 from jaxft.models.config import DecoderConfig
 
 
@@ -32,6 +35,14 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     )
 
 
+def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
+    return {**read_granite_gguf(reader, moe=True), **read_moe_gguf(reader, experts="num_local_experts")}
+
+
+def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
+    return {**write_granite_gguf(config, "moe"), **write_moe_gguf(config, norm_topk_prob=True)}
+
+
 _GATE_UP, _DOWN = (
     dataclasses.replace(op, hf=f"block_sparse_moe.{name}.weight")
     for op, name in zip(EXPERT_PARAMETERS, ("input_linear", "output_linear"), strict=True)
@@ -41,7 +52,7 @@ GRANITE_MOE = ArchSpec(
     model_type="granitemoe",
     architecture="GraniteMoeForCausalLM",
     read_config=_read_config,
-    gguf=None,
+    gguf=GGUFArch("granitemoe", _read_gguf, _write_gguf, PERMUTE_QK, experts=True),
     models="Granite 3 1B-A400M and 3B-A800M",
     layout=(
         Rename("block_sparse_moe.router.layer", "mlp.gate"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from converters.archs.base import ArchSpec, ConfigReader
-from converters.archs.common import read_common, read_windows
-from converters.archs.moe import EXPERT_PARAMETERS, read_moe
+from typing import Any
+
+from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
+from converters.archs.common import read_common, read_common_gguf, read_windows, write_common_gguf
+from converters.archs.moe import EXPERT_PARAMETERS, read_moe, read_moe_gguf, write_moe_gguf
 from converters.expert_layout import Rename
+from converters.tensor_ops import PERMUTE_QK
 from jaxft.models.config import DecoderConfig
 
 
@@ -25,11 +28,19 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     )
 
 
+def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
+    return {**read_common_gguf(reader, moe=True), **read_moe_gguf(reader, experts="num_local_experts")}
+
+
+def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
+    return {**write_common_gguf(config, said=("moe",)), **write_moe_gguf(config, norm_topk_prob=True)}
+
+
 MIXTRAL = ArchSpec(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     read_config=_read_config,
-    gguf=None,
+    gguf=GGUFArch("llama", _read_gguf, _write_gguf, PERMUTE_QK, experts=True),
     models="Mixtral 8x7B and 8x22B",
     layout=(
         Rename("block_sparse_moe.gate", "mlp.gate"),

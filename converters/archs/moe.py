@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from converters.archs.base import ConfigReader, MetadataReader
+from converters.archs.common import check_fact
 from converters.expert_layout import StackExperts
 from jaxft.models.config import DecoderConfig, MLPLayerType, MoEConfig
 
@@ -16,6 +19,12 @@ EXPERT_PARAMETERS = (
     ),
     StackExperts("mlp.experts.down_proj", ("mlp.experts.{}.down_proj.weight",), (0, 1, 2, 3)),
 )
+
+# Fields of MoEConfig, and of HF's configs -> keys.
+WIDTHS = {
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+}
 
 
 def read_moe(reader: ConfigReader, *, experts: str = "num_experts", aux_loss: float = 0.001, **facts: Any) -> MoEConfig:
@@ -42,12 +51,46 @@ def read_sparse_layers(reader: ConfigReader, layers: int) -> tuple[MLPLayerType,
     return tuple("dense" if i in dense or (i + 1) % step else "sparse" for i in range(layers))
 
 
-def read_moe_gguf(reader: MetadataReader) -> dict[str, int]:
-    """The experts' fields of an HF config from a GGUF file's metadata."""
-    return {"num_experts": reader.size("expert_count"), "num_experts_per_tok": reader.size("expert_used_count")}
+def read_moe_gguf(
+    reader: MetadataReader, *, experts: str = "num_experts", widths: Collection[str] = ()
+) -> dict[str, Any]:
+    """The experts' fields of an HF config, from the keys of `write_moe_gguf`.
+
+    Args:
+      reader: of the file's metadata.
+      experts: how the family spells their number.
+      widths: fields of `WIDTHS` that are in the file.
+    """
+    return {
+        experts: reader.size("expert_count"),
+        "num_experts_per_tok": reader.size("expert_used_count"),
+        **{width: reader.size(WIDTHS[width]) for width in widths},
+    }
 
 
-def write_moe_gguf(config: DecoderConfig) -> dict[str, int]:
-    """The inverse, with the experts' own size where it is not the MLP's."""
-    assert config.moe is not None
-    return {"expert_count": config.moe.num_experts, "expert_used_count": config.moe.num_experts_per_tok}
+# What the keys say; the loss of the router is no part of a file's model.
+_SAID = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "router_aux_loss_coef")
+
+
+def write_moe_gguf(config: DecoderConfig, *, widths: Collection[str] = (), **graph: Any) -> dict[str, int]:
+    """The keys of experts, after a check that llama.cpp's graph of the architecture has everything else.
+
+    Args:
+      config: the decoder's facts.
+      widths: fields of `WIDTHS` that the architecture's files have.
+      **graph: the values of fields of MoEConfig that it fixes; others must have the default.
+
+    Raises:
+      JaxftError: a field that llama.cpp's graph of the architecture does not have.
+    """
+    moe = config.moe
+    assert moe is not None
+    for field in dataclasses.fields(moe):
+        if field.name not in (*_SAID, *widths):
+            check_fact(field.name, getattr(moe, field.name), (graph.get(field.name, field.default),))
+    check_fact("mlp_layer_types", config.mlp_layer_types, (("sparse",) * config.num_hidden_layers,))
+    return {
+        "expert_count": moe.num_experts,
+        "expert_used_count": moe.num_experts_per_tok,
+        **{WIDTHS[width]: getattr(moe, width) for width in widths},
+    }

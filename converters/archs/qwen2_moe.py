@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from converters.archs.base import ArchSpec, ConfigReader
-from converters.archs.common import read_common, read_optional_windows
-from converters.archs.moe import EXPERT_PARAMETERS, read_moe, read_sparse_layers
+from typing import Any
+
+from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
+from converters.archs.common import read_common, read_common_gguf, read_optional_windows, write_common_gguf
+from converters.archs.moe import EXPERT_PARAMETERS, WIDTHS, read_moe, read_moe_gguf, read_sparse_layers, write_moe_gguf
 from jaxft.models.config import DecoderConfig, LayerType
 
 
@@ -30,11 +32,21 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     )
 
 
+def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
+    biased = "blk.0.attn_q.bias" in reader.tensors
+    return {**read_common_gguf(reader, moe=True), **read_moe_gguf(reader, widths=WIDTHS), "qkv_bias": biased}
+
+
+def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
+    keys = write_common_gguf(config, said=("moe", "qkv_bias"), tie_word_embeddings=False)
+    return {**keys, **write_moe_gguf(config, widths=WIDTHS, shared_expert_gate=True)}
+
+
 QWEN2_MOE = ArchSpec(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
     read_config=_read_config,
-    gguf=None,
+    gguf=GGUFArch("qwen2moe", _read_gguf, _write_gguf, experts=True),
     models="Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
     expert_parameters=EXPERT_PARAMETERS,
 )

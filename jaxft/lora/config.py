@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from jaxft.errors import JaxftError
 
+# The linears of most architectures, and the default: of any other it means all that it has (MLA's q_a_proj ...).
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EVERY_LINEAR = "all-linear"  # PEFT's word for all of them but the head
 
@@ -27,7 +28,7 @@ class LoraConfig:
       lora_alpha: numerator of the scale.
       lora_dropout: probability of dropping a value of the adapter's input in training.
       target_modules: the modules to adapt: names that their paths end in, or one regular expression for whole paths, or
-        "all-linear" for every linear but the head.
+        "all-linear" for every linear but the head. The default means the same.
       use_rslora: scale by 1/sqrt(r) instead of 1/r (arXiv:2312.03732).
       use_dora: the magnitude of each row of W + B A trains by itself (arXiv:2402.09353).
       bias: which biases train as well: "none", "all", or "lora_only", those of adapted modules.

@@ -62,14 +62,12 @@ def linears(decoder: Decoder) -> dict[str, Linear]:
 
 
 def resolved(decoder: Decoder, config: LoraConfig) -> LoraConfig:
-    """`config` with the names of the linears in the place of "all-linear"; of ALL_LINEAR, those that there are."""
-    if config.target_modules == ALL_LINEAR:
-        there = {path.rsplit(".", 1)[1] for path in linears(decoder)}
-        return dataclasses.replace(config, target_modules=tuple(name for name in ALL_LINEAR if name in there))
-    if config.target_modules not in (EVERY_LINEAR, (EVERY_LINEAR,)):  # on a command line names come as a list
+    """`config` with the names of the architecture's linears in the place of "all-linear" or ALL_LINEAR."""
+    if config.target_modules not in (EVERY_LINEAR, (EVERY_LINEAR,), ALL_LINEAR):  # on a command line it is a list
         return config
-    names = dict.fromkeys(path.rsplit(".", 1)[1] for path in linears(decoder))
-    return dataclasses.replace(config, target_modules=tuple(names))
+    names = {path.rsplit(".", 1)[1] for path in linears(decoder)}
+    usual = [name for name in ALL_LINEAR if name in names]
+    return dataclasses.replace(config, target_modules=(*usual, *sorted(names - set(usual))))
 
 
 def targets(decoder: Decoder, config: LoraConfig) -> dict[str, Target]:

@@ -27,7 +27,7 @@ from jaxft.generate import Completions, complete
 from jaxft.generation.sampling import Sampling
 from jaxft.losses.policy import Level, LossType, PolicyLoss, ScaleRewards
 from jaxft.models.decoder import Decoder
-from jaxft.train import rewards, trainer
+from jaxft.train import reporting, rewards, trainer
 from jaxft.train.arguments import known_names_only
 from jaxft.train.metrics import MetricsLog, read_rows
 from jaxft.train.rewards import RewardFunction
@@ -241,6 +241,7 @@ class GRPOTrainer:
         )
         try:
             result = trainer.run(job, args)
+            self.model.training = reporting.record(self, result)
         finally:
             rollouts.close()
         plot_curves(result.rows, rollouts.rows, output_dir / "curves.png")

@@ -16,11 +16,11 @@ from pathlib import Path
 import gguf_files
 from converters.gguf_header import read_header
 from converters.gguf_mixes import MIXES
-from gguf_mix_cases import MODELS, compact
+from gguf_mix_cases import MODELS, compact, mix_config
 from jaxft.fetch import Pinned, fetch
 from llamacpp import LlamaCpp
 from pinned import LLAMA_CPP, LLAMA_CPP_DECLARATIONS
-from tiny import make_tiny_hf
+from tiny import write_tiny_hf
 
 PATH = Path(__file__).with_name("gguf_mixes.json")
 
@@ -45,7 +45,7 @@ def main() -> None:
         )
         vectors = {}
         for model, fields in MODELS.items():
-            hf = make_tiny_hf(folder / model, "bfloat16", with_tokenizer=False, **fields)
+            hf = write_tiny_hf(folder / model, mix_config(**fields), "bfloat16")
             source = gguf_files.export(hf, folder / f"{model}.gguf", "bf16")
             vectors[model] = {mix: types(llama, source, mix) for mix in MIXES}
     PATH.write_text(json.dumps(vectors, indent=1) + "\n")
