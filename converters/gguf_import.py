@@ -16,7 +16,7 @@ from converters.archs.gguf_rope import FACTORS, FREQUENCIES, recognise_llama3
 from converters.checkpoint import TensorInfo, check_tensors
 from converters.gguf_header import TensorEntry, read_header, stored_bytes
 from converters.gguf_mxfp4 import from_blocks
-from converters.gguf_tensors import gguf_tensors, is_expert
+from converters.gguf_tensors import gguf_tensors, is_expert, without_single_rows
 from converters.gguf_tokenizer import read_tokenizer, special_token_ids
 from jaxft.errors import JaxftError
 from jaxft.quant import MXFP4Tensor
@@ -97,7 +97,7 @@ class GGUFCheckpoint:
         parts = self._layout.hf[name].names
         if is_expert(parts[0]):
             return self._layout.hf[name].read(lambda part: read_entry(self._path, self._entries[part]))
-        array = read_entry(self._path, self._entries[parts[0]])
+        array = read_entry(self._path, self._entries[parts[0]]).reshape(self._layout.hf[name].shape)
         return np.ascontiguousarray(self._arch.from_gguf(name, array, self.config))
 
     def expert(self, name: str) -> MXFP4Tensor | None:
@@ -146,7 +146,11 @@ class GGUFCheckpoint:
     def _by_part(self, entries: dict[str, TensorEntry], n_layers: int) -> dict[str, TensorEntry]:
         """The place of each of the decoder's tensors, in the file's order; parts of one whole have the same."""
         expected = {t.name: t for t in gguf_tensors(self._layout.hf, self._layout, self._arch.name, n_layers)}
-        weights = {name: entry.shape for name, entry in entries.items() if name not in (FREQUENCIES, *FACTORS.values())}
+        weights = {
+            name: entry.shape if name in expected and expected[name].of_experts else without_single_rows(entry.shape)
+            for name, entry in entries.items()
+            if name not in (FREQUENCIES, *FACTORS.values())
+        }
         check_tensors(weights, {name: tensor.shape for name, tensor in expected.items()}, self.where)
         found: dict[str, TensorEntry] = {}
         for name in weights:

@@ -21,7 +21,7 @@ class GGUFTensor(NamedTuple):
     Attributes:
       name: in the file.
       hf_name: the HF tensor that it is; of experts, the decoder's name without the expert's number.
-      shape: [...], or [E, ...] of experts.
+      shape: [...], or [E, ...] of experts; a matrix of one row is a vector.
       parts: the decoder's tensors in it; of experts, one each, in their order.
       of_experts: the parts are stacked.
     """
@@ -57,7 +57,7 @@ def gguf_tensors(hf_names: Iterable[str], layout: Layout, arch: str, n_layers: i
             parts = tuple(sorted(experts[hf_name], key=_number))
             shape = (len(parts), *layout.decoder[parts[0]].shape)
         else:
-            shape = layout.hf[hf_name].shape
+            shape = without_single_rows(layout.hf[hf_name].shape)
         tensors.append(GGUFTensor(names[hf_name], hf_name, shape, parts, hf_name in experts))
     return tensors
 
@@ -75,6 +75,11 @@ def gguf_names(hf_names: Iterable[str], arch: str, n_layers: int) -> dict[str, s
         raise JaxftError(f"GGUF architecture {arch}", f"has no name for the tensors {', '.join(unnamed)}")
     # What is a bare parameter in HF is a weight there.
     return {name: n if n.endswith((".weight", ".bias")) else f"{n}.weight" for name, n in found.items() if n}
+
+
+def without_single_rows(shape: Shape) -> Shape:
+    """The shape as ggml counts dimensions: leading ones are none."""
+    return without_single_rows(shape[1:]) if len(shape) > 1 and shape[0] == 1 else shape
 
 
 def is_expert(name: str) -> bool:

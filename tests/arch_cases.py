@@ -234,8 +234,9 @@ def arch_config(family: str, case: str) -> dict[str, Any]:
         given = CASES[family][case]
         config = {name: value for name, value in config.items() if name in given or name not in _LLAMAS_OWN}
         config |= {"model_type": family, "architectures": [_architecture(family)]}
-    # DeepSeek's null says that there is no such vector; that of other fields, that the case does not have the field.
-    return {name: value for name, value in config.items() if value is not None or name == "q_lora_rank"}
+    # These nulls say that there is no such thing; that of other fields, that the case does not have the field.
+    said = ("q_lora_rank", "attn_logit_softcapping", "final_logit_softcapping")
+    return {name: value for name, value in config.items() if value is not None or name in said}
 
 
 def _architecture(family: str) -> str:

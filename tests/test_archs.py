@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import pallas_kernels as pk
-from arch_cases import CASES, arch_config, families, smallest, tokens
-from converters.archs import ARCHS
+from arch_cases import CASES, GGUF_CASES, arch_config, families, greedy_is_compared, smallest, tokens
+from converters.archs import ARCHS, models_markdown
 from jaxft.data.batch import Batch
-from jaxft.models.decoder import Decoder
+from jaxft.lora import LoraConfig
+from jaxft.lora.targets import linears, resolved
+from jaxft.models.decoder import Decoder, abstract_decoder
 from llama_cases import gradient_summary
 from models import batch_of, decoder_of, hf_gradients, plain_examples, through_cache, train_everything
+from readme import README
 
 FOLDER = Path(__file__).parent / "vectors"
 VECTORS = {**load_file(FOLDER / "archs.safetensors"), **load_file(FOLDER / "archs_moe.safetensors")}
@@ -85,6 +89,34 @@ def test_the_cache_gives_torchs_logits(family: str) -> None:
 
 def test_every_architecture_has_cases() -> None:
     assert set(CASES) == set(ARCHS)
+
+
+def test_the_table_claims_what_cases_compare() -> None:
+    """`jaxft models` and the README: of each row, greedy tokens and GGUF as far as there are cases for them."""
+    in_gguf = {family for family, _ in GGUF_CASES}
+    for family, spec in ARCHS.items():
+        without = {case for case in CASES[family] if not greedy_is_compared(family, case)}
+        kinds = {spec.decoder_config(arch_config(family, case), case).rope.kind for case in without}
+        assert kinds == set(spec.no_greedy), family
+        assert len(without) < len(CASES[family])
+        assert (spec.gguf is not None) == (family in in_gguf), family
+
+
+def test_the_readmes_table_is_the_registrys() -> None:
+    (table,) = re.findall(r"<!-- models: start -->\n(.*?)\n<!-- models: end -->", README.read_text(), re.DOTALL)
+    assert table == models_markdown()
+
+
+def test_the_default_adapter_is_of_every_linear() -> None:
+    """ALL_LINEAR and "all-linear" mean the architecture's own, MLA's projections too; a shorter list what it names."""
+    for family in families():
+        decoder = abstract_decoder(ARCHS[family].decoder_config(arch_config(family, smallest(family)), family), "f4")
+        there = {path.rsplit(".", 1)[1] for path in linears(decoder)}
+        for config in (LoraConfig(), LoraConfig(target_modules="all-linear")):
+            assert set(resolved(decoder, config).target_modules) == there, family
+        if family.startswith("deepseek"):
+            assert there >= {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"}
+        assert resolved(decoder, LoraConfig(target_modules=("o_proj",))).target_modules == ("o_proj",)
 
 
 def test_changing_a_weight_is_noticed() -> None:

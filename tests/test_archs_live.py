@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from arch_cases import CASES, EVERY_CASE, GGUF_CASES, arch_config, tokens
+from arch_cases import CASES, EVERY_CASE, GGUF_CASES, arch_config, greedy_is_compared, tokens
 from converters.gguf_export import write_gguf
 from converters.gguf_header import read_header
 from converters.gguf_import import GGUFCheckpoint
@@ -62,18 +62,20 @@ def test_logits_gradients_cache_and_greedy_equal_transformers(family: str, case:
         gradients, logits = loss_and_logits(decoder, batch)
         np.testing.assert_allclose(logits.reshape(expected.shape), expected, atol=TOLERANCE, rtol=TOLERANCE)
         theirs = torch_reference.all_gradients(model, ids)
+        # What cannot change the loss (an expert that no token goes to, what only chooses experts, a bias that all keys
+        # of a layer without positions have) has a gradient of 0 but for rounding.
+        nothing = 1e-6 * max(map(np.linalg.norm, theirs.values()))
         for name, gradient in hf_gradients(gradients, config).items():
-            if np.any(theirs[name]):
+            if np.linalg.norm(theirs[name]) > nothing:
                 assert relative_l2(gradient, theirs[name]) < TOLERANCE, name
-            else:  # an expert that no token goes to, or what only chooses experts
-                assert not np.any(gradient), name
+            else:
+                assert np.linalg.norm(gradient) <= nothing, name
     decoder.remat = "none"
     hidden = through_cache(decoder, jnp.asarray(ids, jnp.int32), prefill=5)
     np.testing.assert_allclose(decoder.logits(hidden), expected, atol=TOLERANCE, rtol=TOLERANCE)
     prompt = ids[0, :9].tolist()
-    new = 12 if decoder.config.max_position_embeddings > 32 else 0
-    if new and not decoder.config.rope.depends_on_length:
-        assert generate(decoder, [prompt], max_new_tokens=new)[0] == torch_reference.greedy(model, prompt, new)
+    if greedy_is_compared(family, case):
+        assert generate(decoder, [prompt], max_new_tokens=12)[0] == torch_reference.greedy(model, prompt, 12)
 
 
 @every_case

@@ -68,21 +68,33 @@ def arch_of(model_type: str | None, where: object) -> ArchSpec:
 
 
 def models_table() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(column titles, one row for each architecture): what it covers, and what of it was compared with what.
+    """(column titles, one row for each architecture): what it covers, and what of it was compared with whom.
 
-    tests/test_archs.py compares every row with transformers' own class (logits, gradients of all parameters, packed
-    rows, the cache); tests/test_archs_live.py several configs of each, beside PEFT and llama.cpp, and
-    tests/test_moe_live.py adapters of experts.
+    tests/test_archs.py holds each claim against the cases that the comparisons run on.
     """
-    titles = ("model_type", "models", "compared with transformers", "GGUF, compared with llama.cpp")
-    numbers = "logits, gradients, packing, cache, greedy; checkpoints and adapters in and out"
+    titles = ("model_type", "models", "beside transformers", "GGUF, beside llama.cpp")
     return titles, [
-        (name, spec.models, numbers, spec.gguf.name if spec.gguf else "not written yet") for name, spec in ARCHS.items()
+        (name, spec.models, _compared(spec), spec.gguf.name if spec.gguf else "not written yet")
+        for name, spec in ARCHS.items()
     ]
 
 
+def _compared(spec: ArchSpec) -> str:
+    without = ", ".join(f"{kind} RoPE" for kind in spec.no_greedy)
+    return f"all, but greedy tokens not with {without}" if without else "all"
+
+
 def models_markdown() -> str:
-    """`models_table` for the README."""
+    """`models_table` for the README, and what its words mean."""
     titles, rows = models_table()
     lines = [titles, tuple("---" for _ in titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\n{_LEGEND}"
+
+
+_LEGEND = (
+    "Random tiny configs of each, several a family. *all*: logits and the gradients of all parameters, packed and one "
+    "document a row, decoding through the cache, greedy tokens, the checkpoint out again bit by bit, and LoRA adapters "
+    "in and out (PEFT's), against transformers' own class. *GGUF*: logits in llama.cpp from a float32 file within rms "
+    "0.01, and every tensor back bit by bit; facts that llama.cpp's graph does not have are refused by name."
+)

@@ -44,6 +44,10 @@ class ConfigReader:
             return default
         return value
 
+    def take_nullable(self, name: str, default: Any) -> Any:
+        """The field's value, None where it is null; `default` only where it is missing."""
+        return self._left.pop(name, default)
+
     def peek(self, name: str) -> Any:
         """The field's value, which is left for whoever takes it; None where it is missing."""
         return self._left.get(name)

@@ -13,13 +13,19 @@ from jaxft.models.config import DecoderConfig
 _WINDOW, _CAP, _LOGIT_CAP = "attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"
 
 
-def gemma_fields(reader: ConfigReader, period: int, **rope: Any) -> dict[str, Any]:
-    """What Gemma 2 and 3 share; every `period`-th layer has full attention."""
+def gemma_fields(reader: ConfigReader, period: int, *, caps: tuple[float | None, float | None]) -> dict[str, Any]:
+    """What Gemma 2 and 3 share; every `period`-th layer has full attention, and null means that there is no soft cap.
+
+    Args:
+      reader: of the model's config.
+      period: of the layers.
+      caps: soft caps of attention's logits and of the head's where the config does not say.
+    """
     bias = reader.take("attention_bias", False)
     reader.expect("use_bidirectional_attention", False)
     reader.expect("hidden_act", "gelu_pytorch_tanh")  # old spelling of the next one, ignored by transformers
     reader.expect("cache_implementation", "hybrid")
-    fields = read_common(reader, activation="hidden_activation", tied=True, **rope)
+    fields = read_common(reader, activation="hidden_activation", tied=True)
     layers = fields["num_hidden_layers"]
     return {
         **fields,
@@ -27,8 +33,8 @@ def gemma_fields(reader: ConfigReader, period: int, **rope: Any) -> dict[str, An
         "norm_weight_offset": 1.0,
         "embedding_multiplier": fields["hidden_size"] ** 0.5,
         "attention_scale": reader.take("query_pre_attn_scalar", 256) ** -0.5,
-        "attention_soft_cap": reader.take("attn_logit_softcapping", None),
-        "logit_soft_cap": reader.take("final_logit_softcapping", None),
+        "attention_soft_cap": reader.take_nullable(_CAP, caps[0]),
+        "logit_soft_cap": reader.take_nullable(_LOGIT_CAP, caps[1]),
         "qkv_bias": bias,
         "o_bias": bias,
         **read_windows(reader, layers, every(layers, period)),
@@ -36,7 +42,7 @@ def gemma_fields(reader: ConfigReader, period: int, **rope: Any) -> dict[str, An
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
-    return DecoderConfig(**gemma_fields(reader, 2))
+    return DecoderConfig(**gemma_fields(reader, 2, caps=(50.0, 30.0)))
 
 
 def _read_gguf(reader: MetadataReader) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     outer = {"rope_theta": reader.take("rope_theta", 1_000_000.0)}
     scaling = reader.take("rope_scaling", {})
     local = {"rope_theta": reader.take("rope_local_base_freq", 10_000.0)}
-    fields = gemma_fields(reader, period)
+    fields = gemma_fields(reader, period, caps=(None, None))
     longest = fields["max_position_embeddings"]
     fields["rope"] = rope_of(nested.get("full_attention") or scaling, outer, longest)
     return DecoderConfig(

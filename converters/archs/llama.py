@@ -41,4 +41,5 @@ LLAMA = ArchSpec(
     read_config=_read_config,
     gguf=GGUFArch("llama", _read_gguf, write_llama_gguf, PERMUTE_QK),
     models="Llama 1 to 3.3, TinyLlama, SmolLM2, Yi",
+    no_greedy=("dynamic",),
 )
