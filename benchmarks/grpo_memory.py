@@ -31,6 +31,9 @@ class Bytes:
     def batch_decode(self, rows: Sequence[Sequence[int]], **_: Any) -> list[str]:
         return [" ".join(map(str, row)) for row in rows]
 
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(byte): byte for byte in range(256)}
+
 
 class Endless(LanguageModel):
     """A model whose completions are ended by their length only."""

@@ -82,7 +82,7 @@ class RandomCheckpoint:
 def hf_config(config: DecoderConfig) -> dict[str, Any]:
     """config.json of a llama with these sizes."""
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
-    same += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+    same += ("num_key_value_heads", "max_position_embeddings", "hidden_act", "rms_norm_eps", "tie_word_embeddings")
     rope, llama3 = config.rope, ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     return {
         "model_type": "llama",

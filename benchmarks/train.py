@@ -11,12 +11,13 @@ import collections
 import dataclasses
 import functools
 import json
+import math
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,19 @@ MODELS = {
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
         rope=dataclasses.replace(_ROPE, factor=32.0),
+    ),
+    "smollm2-135m": DecoderConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        rope=RopeConfig(theta=1e5),
     ),
     "qwen3-4b": DecoderConfig(
         vocab_size=151936,
@@ -327,7 +341,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--use-dora", action="store_true")
     parser.add_argument("--lora-dropout", type=float, default=0.0)
     parser.add_argument("--lora-dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--optim", choices=("adamw", "adamw_8bit"), default="adamw_8bit")
+    parser.add_argument("--optim", choices=get_args(optim.Optimizer), default="adamw_8bit")
     parser.add_argument("--loss", choices=LOSSES, default="sft", help="policy: GRPO's; _kl: with its reference pass")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of --shape in a step")
     parser.add_argument("--warmup", type=int, default=3)
@@ -364,9 +378,12 @@ def random_decoder(config: DecoderConfig, quant: str) -> Decoder:
 
 @functools.partial(jax.jit, static_argnums=1)
 def random_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard deviation 0.02, row by row, so that no float32 copy of the whole exists."""
+    """Standard deviation 0.02, layer by layer or some rows at a time, so that no float32 copy of the whole exists."""
     keys = jax.random.split(key, shape[0])
-    return jax.lax.map(lambda one: (0.02 * jax.random.normal(one, shape[1:])).astype(jnp.bfloat16), keys)
+    some = math.gcd(shape[0], 256) if len(shape) == 2 else None  # a divisor: what is left over would be a copy
+    return jax.lax.map(
+        lambda one: (0.02 * jax.random.normal(one, shape[1:])).astype(jnp.bfloat16), keys, batch_size=some
+    )
 
 
 def random_bytes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -30,6 +30,7 @@ from converters.hf_files import CONFIG
 from converters.hf_load import QUANTIZATION_CONFIG, HFCheckpoint
 from converters.load import check
 from converters.merge import DerivedCheckpoint
+from converters.resume import origin_of
 from jaxft.errors import JaxftError
 from jaxft.models.params import quantizable_tensors
 from jaxft.quant import NF4Tensor
@@ -235,6 +236,11 @@ class NF4Checkpoint(DerivedCheckpoint):
         layout = arch_of(base.config["model_type"], base.where).tensors(config)
         self._names = frozenset(name for name, source in layout.hf.items() if linears.issuperset(source.names))
 
+    def origin(self) -> list[Any] | None:
+        """The base's."""
+        base = origin_of(self._base)
+        return base and ["NF4", base]
+
     def quantized(self, name: str) -> NF4Tensor | None:
         """The weight in NF4; None for what stays as it is."""
         if name not in self._names:
@@ -247,15 +253,16 @@ class NF4Checkpoint(DerivedCheckpoint):
         return self._base.read(name)
 
 
-def write_bnb(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) -> Path:
+def write_bnb(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False, card: str = "") -> Path:
     """Writes `checkpoint` as bitsandbytes stores it, the linears of its layers in NF4, and returns the path.
 
     Weights that are in NF4 already are written bit by bit; others are quantized, double quantization included.
+    `card` is the text of a README.md.
 
     Raises:
       JaxftError: the checkpoint is not understood, or the folder is not empty or cannot be written to.
     """
-    return write_hf(_Stored(NF4Checkpoint(checkpoint)), path, overwrite=overwrite)
+    return write_hf(_Stored(NF4Checkpoint(checkpoint)), path, overwrite=overwrite, card=card)
 
 
 class _Stored(DerivedCheckpoint):
@@ -275,6 +282,10 @@ class _Stored(DerivedCheckpoint):
             }
         double = any(name.endswith(".nested_absmax") for name in self.tensors)
         self.config = {**base.config, QUANTIZATION_CONFIG: quantization_config(double)}
+
+    def origin(self) -> list[Any] | None:
+        """The original's."""
+        return origin_of(self._quantized)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor of the file."""

@@ -44,9 +44,10 @@ from converters.gguf_fits import (
     sum_of,
 )  # fmt: skip
 
-# Values that one thread works on at a time: 4 MB arrays. With smaller ones, threads wait for the interpreter's lock.
-_CHUNK = 1 << 20
-_THREADS = min(8, os.cpu_count() or 1)
+# Values that one thread works on at a time: 1 MB arrays stay in a core's cache. With smaller ones, threads wait for the
+# interpreter's lock, which also makes more threads than these useless.
+_CHUNK = 1 << 18
+_THREADS = min(32, os.cpu_count() or 1)
 
 # ggml's trial roundings of K-quants, and those of every affine type where importance is given.
 _Q2_TRIALS, _Q4_TRIALS, _Q5_TRIALS = Trials(-0.5, 0.1, 15), Trials(-1.0, 0.1, 20), Trials(-0.5, 0.1, 15)

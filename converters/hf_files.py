@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
+CARD = "README.md"
 # Marks the folder of an Orbax checkpoint, which holds the same small files.
 ORBAX_MANIFEST = "jaxft_checkpoint.json"
 # What is carried over byte for byte. Model cards are not: they describe the checkpoint that they came with.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +14,7 @@ from converters.expert_adapters import taken_apart
 from converters.hf_files import without_tokenizer
 from converters.load import EMBEDDING, HEAD
 from converters.peft_io import Adapter, scale_of
+from converters.resume import hash_of, origin_of
 from jaxft.errors import JaxftError
 from jaxft.models.decoder import Decoder
 from jaxft.models.params import EXPERTS, TensorView, tensor_views
@@ -36,6 +37,10 @@ class DerivedCheckpoint:
         self.where = base.where
         self.config = base.config
         self.tensors = base.tensors
+
+    def origin(self) -> list[Any] | None:
+        """See `converters.resume`; None: what else than the base the values come from is not known."""
+        return None
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The base's, or the new one."""
@@ -110,6 +115,11 @@ class MergedCheckpoint(DerivedCheckpoint):
             problems += self._problems(name, adapter.tensors[name].shape)
         if problems:
             raise JaxftError(base.where, f"is not the base of this adapter: {'; '.join(problems)}")
+
+    def origin(self) -> list[Any] | None:
+        """The base's and the adapter."""
+        base, adapter = origin_of(self._base), self._adapter
+        return base and ["merged", base, adapter.config, hash_of(adapter.tensors)]
 
     @property
     def adapted(self) -> list[str]:
@@ -229,6 +239,11 @@ class CastCheckpoint(DerivedCheckpoint):
             name: info._replace(dtype=np.dtype(ml_dtypes.bfloat16)) if info.dtype.itemsize > 2 else info
             for name, info in base.tensors.items()
         }
+
+    def origin(self) -> list[Any] | None:
+        """The base's."""
+        base = origin_of(self._base)
+        return base and ["cast", base]
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, cast where it is wider than 16 bits."""

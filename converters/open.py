@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from converters.checkpoint import Checkpoint
-from converters.hf_files import ADAPTER_CONFIG, ORBAX_MANIFEST, SIDECARS
+from converters.hf_files import ADAPTER_CONFIG, CARD, ORBAX_MANIFEST, SIDECARS
 from jaxft.errors import JaxftError
 
 Format = Literal["hf", "orbax", "gguf", "peft"]
@@ -102,7 +102,7 @@ def resolve(name: Path | str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", *SIDECARS]))
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", CARD, *SIDECARS]))
     except Exception as error:  # a download fails in more ways than can be named
         raise JaxftError(
             name,

@@ -7,8 +7,11 @@ JAX program reads the weights with ``orbax.checkpoint.PyTreeCheckpointer().resto
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from converters.checkpoint import Checkpoint, TensorInfo, stream
+from converters.checkpoint import Checkpoint, TensorInfo
 from converters.hf_files import (
     CONFIG,
     ORBAX_MANIFEST,
@@ -27,7 +30,7 @@ from converters.hf_files import (
     write_small_files,
 )
 from converters.safetensors_io import nbytes
-from jaxft.console import track
+from jaxft.console import progress
 from jaxft.errors import JaxftError
 from jaxft.files import new_folder
 
@@ -94,8 +97,7 @@ class OrbaxCheckpoint:
 def write_orbax(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) -> Path:
     """Writes `checkpoint` into the folder `path`, each tensor in the dtype that it has, and returns the path.
 
-    Orbax takes the tree as a whole, so all tensors are alive at once: views of the files for an HF source, arrays in
-    memory for others. The folder appears, complete, when everything is written.
+    One tensor is in memory at a time. The folder appears, complete, when everything is written.
 
     Raises:
       JaxftError: the folder is not empty or cannot be written to.
@@ -103,26 +105,63 @@ def write_orbax(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) 
     with new_folder(path, overwrite=overwrite) as folder:
         write_json(folder / ORBAX_MANIFEST, _manifest(checkpoint.tensors))
         write_small_files(checkpoint, folder)
-        tree = dict(track(stream(checkpoint), "reading tensors", len(checkpoint.tensors)))
-        try:
-            with ocp.Checkpointer(_frugal_handler()) as checkpointer:
-                checkpointer.save((folder / PARAMS).absolute(), ocp.args.PyTreeSave(tree))
-        except _ORBAX_ERRORS as error:
-            reason = str(error).rpartition(": ")[2]  # TensorStore's longest message ends in the system's words
-            raise JaxftError(path, f"could not be written ({reason})", "Check the space that is left") from error
+        with progress("writing Orbax", len(checkpoint.tensors)) as done:
+            tree = {name: _Unread(checkpoint, name, done) for name in checkpoint.tensors}
+            try:
+                with _told_once(), ocp.Checkpointer(_handler()) as checkpointer:
+                    checkpointer.save((folder / PARAMS).absolute(), ocp.args.PyTreeSave(tree))
+            except _ORBAX_ERRORS as error:
+                reason = str(error).rpartition(": ")[2]  # TensorStore's longest message ends in the system's words
+                raise JaxftError(path, f"could not be written ({reason})", "Check the space that is left") from error
     return path
 
 
-def _frugal_handler() -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler without its copies of the tree: it copies arrays, for asynchronous saves, and compresses them.
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """Keeps Orbax from logging, with its traceback, an exception that it raises as well."""
+    log, raised = logging.getLogger("absl"), lambda record: not record.exc_info
+    log.addFilter(raised)
+    try:
+        yield
+    finally:
+        log.removeFilter(raised)
 
-    The default takes twice the size of the tree on top of it; weights hardly compress.
+
+@dataclasses.dataclass(frozen=True)
+class _Unread:
+    """Stands in Orbax's tree for a tensor that is read when its turn comes."""
+
+    checkpoint: Checkpoint
+    name: str
+    done: Callable[..., None]
+
+    def read(self) -> np.ndarray:
+        self.done(note=self.name)
+        return self.checkpoint.read(self.name)
+
+
+class _OneByOne(ocp.type_handlers.NumpyHandler):
+    """Writes `_Unread` leaves as the arrays that they stand for, each when the one before is on disk.
+
+    Orbax's own handler begins all writes at once: all tensors would be in memory, and where one fails, the others
+    complain on a closed event loop.
     """
-    handlers = ocp.type_handlers
-    registry = handlers.create_type_handler_registry(
-        (np.ndarray, handlers.NumpyHandler(deepcopy_host_arrays=False)),
-        (jax.Array, handlers.ArrayHandler()),
-    )
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None) -> list:
+        """Ends when everything is written."""
+        for value, info, arg in zip(values, infos, args or [None] * len(values), strict=True):
+            for written in await super().serialize([value.read()], [info], arg and [arg]):
+                written.result()
+        return []
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    """Weights hardly compress, so they are not compressed."""
+    handlers = ocp.type_handlers  # that of jax.Array writes what Orbax keeps beside arrays, too
+    registry = handlers.create_type_handler_registry((_Unread, _OneByOne()), (jax.Array, handlers.ArrayHandler()))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
 
 

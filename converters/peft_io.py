@@ -17,6 +17,7 @@ import numpy as np
 from converters.checkpoint import TensorInfo
 from converters.hf_files import ADAPTER_CONFIG, read_json, write_json
 from converters.load import EMBEDDING, HEAD
+from converters.model_card import carry_card
 from converters.safetensors_io import SafetensorsFile, write_safetensors
 from jaxft.errors import JaxftError
 from jaxft.files import new_folder
@@ -220,8 +221,10 @@ def read_adapter(path: Path | str) -> Adapter:
     return adapter
 
 
-def write_adapter(adapter: Adapter, path: Path, *, overwrite: bool = False) -> Path:
+def write_adapter(adapter: Adapter, path: Path, *, overwrite: bool = False, card: str = "") -> Path:
     """Writes an adapter folder that peft loads, and returns its path; the folder appears when it is complete.
+
+    `card` is the text of a README.md.
 
     Raises:
       JaxftError: the folder is not empty or cannot be written to, or `read_adapter` would refuse the adapter.
@@ -236,6 +239,8 @@ def write_adapter(adapter: Adapter, path: Path, *, overwrite: bool = False) -> P
     with new_folder(path, overwrite=overwrite) as folder:
         write_json(folder / ADAPTER_CONFIG, adapter.config, sort_keys=True)
         write_safetensors(folder / WEIGHTS, infos, tensors.__getitem__)
+        if card:
+            carry_card(path, folder, card)
     return path
 
 

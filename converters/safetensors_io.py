@@ -7,7 +7,6 @@ no float8.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -67,14 +66,15 @@ class SafetensorsFile:
         self._data_start = _LENGTH_BYTES + length
 
     def read(self, name: str) -> np.ndarray:
-        """A read-only view of the tensor on disk, in its stored dtype."""
-        info = self.tensors[name]
-        start, stop = (self._data_start + offset for offset in self._ranges[name])
-        return self._map[start:stop].view(info.dtype).reshape(info.shape)
+        """A read-only view of the tensor on disk, in its stored dtype.
 
-    @functools.cached_property
-    def _map(self) -> np.ndarray:
-        return np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
+        Each has a memory map of its own: pages that were read leave the process with the array.
+        """
+        info = self.tensors[name]
+        if not n_values(info):
+            return np.empty(info.shape, info.dtype)
+        start = self._data_start + self._ranges[name][0]
+        return np.asarray(np.memmap(self.path, info.dtype, mode="r", offset=start, shape=info.shape))
 
 
 def _validate(path: Path) -> None:

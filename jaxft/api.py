@@ -31,6 +31,7 @@ from jaxft.models import labels
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
 from jaxft.models.remat import parse_remat
+from jaxft.quant import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,7 @@ class LanguageModel:
       name: what the model was loaded as; adapters name it as their base.
       max_seq_length: the default length of training rows.
       lora_config: None without an adapter.
+      training: what model cards say of the last run; see `jaxft.train.reporting.record`.
     """
 
     decoder: Decoder
@@ -62,6 +64,7 @@ class LanguageModel:
     name: str
     max_seq_length: int
     lora_config: lora.LoraConfig | None = None
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __call__(
         self, input_ids: TokenIds, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
@@ -210,14 +213,15 @@ class LanguageModel:
         return sum(leaf.size for leaf in jax.tree.leaves(labels.split(self.decoder)[1]))
 
     def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False) -> Path:
-        """Writes the adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
+        """Writes the adapter as PEFT does: adapter_config.json, adapter_model.safetensors and a model card.
 
         It fits the base as `from_pretrained` loads it. One that started as PiSSA or OLoRA comes as plain LoRA of twice
         the rank (`jaxft.lora.from_original`).
         """
         from converters.peft_io import write_adapter
 
-        path = write_adapter(self._adapter(), Path(save_directory), overwrite=overwrite)
+        path = Path(save_directory)
+        write_adapter(self._adapter(), path, overwrite=overwrite, card=self._card("lora", path))
         console.wrote(path, "PEFT adapter")
         return path
 
@@ -231,6 +235,8 @@ class LanguageModel:
         overwrite: bool = False,
     ) -> Path:
         """Writes a Hugging Face checkpoint with the adapter merged in: W + scale * B A, one shard at a time.
+
+        A model card (README.md) says what it is; one that somebody wrote there stays.
 
         Args:
           save_directory: must be empty or not exist, unless `overwrite`.
@@ -254,7 +260,8 @@ class LanguageModel:
         if save_method == "merged_16bit":
             merged = CastCheckpoint(merged)
         write = write_bnb if save_method == "merged_4bit" else write_hf
-        path = write(merged, Path(save_directory), overwrite=overwrite)
+        path = Path(save_directory)
+        write(merged, path, overwrite=overwrite, card=self._card(save_method, path, base))
         console.wrote(path, f"Hugging Face checkpoint, {save_method}, from the {base} weights")
         return path
 
@@ -269,20 +276,27 @@ class LanguageModel:
     ) -> list[Path]:
         """Writes the merged model as GGUF, one file for each quantization (a name in `converters.gguf_mixes.MIXES`).
 
-        The folder may hold other files, as a merged checkpoint's. See `save_pretrained_merged` for the other arguments.
+        Beside each file comes a Modelfile for Ollama, and a model card unless the folder has one. The folder may hold
+        other files, as a merged checkpoint's. See `save_pretrained_merged` for the other arguments.
         """
         from converters.gguf_export import write_gguf
+        from converters.model_card import CARD, write_card
+        from converters.modelfile import write_modelfile
 
         methods = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
         check_gguf_quantizations(methods)
         folder = prepare_output_dir(save_directory, overwrite=True)
         paths = [folder / f"model.{method.upper()}.gguf" for method in methods]
-        for path in paths:
+        for path in (*paths, *(path.with_suffix(".Modelfile") for path in paths)):
             if path.exists() and not overwrite:
                 raise JaxftError(path, "exists already", "Choose another folder, or ask for overwriting")
         for path, method in zip(paths, methods, strict=True):
-            write_gguf(self._merged(base, tokenizer), path, method, overwrite=overwrite)
+            merged = self._merged(base, tokenizer)
+            write_gguf(merged, path, method, overwrite=overwrite)
             console.wrote(path, f"GGUF, from the {base} weights")
+            write_modelfile(merged, path, overwrite=overwrite)
+        if overwrite or not (folder / CARD).exists():
+            write_card(folder, self._card("gguf", folder, base))
         return paths
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
@@ -305,6 +319,19 @@ class LanguageModel:
         spec = arch_of(self.source.config["model_type"], self.name)
         layout = spec.tensors(self.decoder.config)
         return experts_to_hf(to_hf(adapter, layout, spec.layout), layout, spec)
+
+    def _card(self, kind: str, path: Path, base: BaseWeights | str = "original") -> str:
+        """The text of the model card of what is written into the folder `path`."""
+        from converters.model_card import Card, licence_of, sentences
+
+        adapter = None if self.lora_config is None else dataclasses.asdict(self.lora_config)
+        weights = sentences(kind, adapter, self._quantizations(), into=base)
+        return Card(kind, self.name, licence_of(self.source), weights, self.training).text(path.resolve().name)
+
+    def _quantizations(self) -> list[str]:
+        """The forms in which the decoder holds weights."""
+        leaves = jax.tree.leaves(labels.split(self.decoder)[2], is_leaf=lambda leaf: hasattr(leaf, "dequantize"))
+        return [name for name, form in QUANTIZATIONS.items() if any(isinstance(leaf, form) for leaf in leaves)]
 
     def _merged(self, base: BaseWeights | str, tokenizer: PreTrainedTokenizerBase | None) -> Checkpoint:
         from converters.merge import DecoderCheckpoint, DerivedCheckpoint, MergedCheckpoint

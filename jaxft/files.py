@@ -1,7 +1,7 @@
 """Writing so that nothing is half-written: output folders are checked first, files appear by renaming.
 
 What is being written has a hidden name beside the final one. It is locked as long as its process lives, so that the
-next process that writes the same thing removes what a killed one left.
+next process that writes the same thing removes what a killed one left, or goes on with it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jaxft.errors import JaxftError
 
 # One of these in a folder says that it is a checkpoint or an adapter, which `overwrite` may replace.
 CHECKPOINT_FILES = ("config.json", "adapter_config.json", "jaxft_checkpoint.json")
+_KEY = ".resume_key"  # in a temporary folder: the key of `new_folder`
 
 
 def prepare_output_dir(path: str | Path, *, overwrite: bool = False) -> Path:
@@ -42,10 +43,14 @@ def prepare_output_dir(path: str | Path, *, overwrite: bool = False) -> Path:
 
 
 @contextlib.contextmanager
-def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: str | Path, *, overwrite: bool = False, resume_key: str = "") -> Iterator[Path]:
     """Yields a temporary folder beside `path` that becomes `path` at the end, or is removed on any exception.
 
     With `overwrite` an earlier checkpoint at `path` is replaced whole, and only then.
+
+    Args:
+      resume_key: where it is not empty, the folder may be the one that a killed process left with the same key, with
+        what that had written.
 
     Raises:
       JaxftError: `path` is a file, is not empty, cannot be written to, or is to be overwritten but is no checkpoint.
@@ -54,28 +59,63 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     path = prepare_output_dir(path, overwrite=overwrite).resolve()  # a link's target, or "." by its name, is replaced
     if any(path.iterdir()) and not any((path / name).is_file() for name in CHECKPOINT_FILES):
         raise JaxftError(path, "is not empty and holds no checkpoint, so it is not replaced", "Choose another folder")
-    _remove_leftovers(path)
+    with contextlib.ExitStack() as lock:
+        temporary = _taken_up(path, resume_key, lock) or _made(path, lock)
+        _remove_leftovers(path)
+        try:
+            with _disk_errors(path):
+                if resume_key:
+                    (temporary / _KEY).write_text(resume_key)
+                yield temporary
+                (temporary / _KEY).unlink(missing_ok=True)
+                temporary.chmod(0o755)
+                # Two renames: a process that is killed leaves all of the old checkpoint there, nothing, or all of the
+                # new.
+                old = temporary.with_name(f"{temporary.name}.old")
+                path.rename(old)
+                temporary.rename(path)
+                shutil.rmtree(old)
+        except BaseException:
+            if not existed and path.is_dir():
+                path.rmdir()
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_files(folder: Path, *, resume_key: str = "") -> Iterator[Path]:
+    """Yields a temporary folder in `folder`, into which its files move at the end; all of them or, on any exception,
+    none. See `new_folder` for `resume_key`.
+
+    Raises:
+      JaxftError: `folder` is a file, or cannot be written to.
+    """
+    path = prepare_output_dir(folder, overwrite=True) / "files"
+    with contextlib.ExitStack() as lock:
+        temporary = _taken_up(path, resume_key, lock) or _made(path, lock)
+        _remove_leftovers(path)
+        try:
+            with _disk_errors(folder):
+                (temporary / _KEY).write_text(resume_key)
+                yield temporary
+                (temporary / _KEY).unlink()
+                for file in sorted(temporary.iterdir()):
+                    file.replace(folder / file.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _made(path: Path, lock: contextlib.ExitStack) -> Path:
+    """A new temporary folder for `path`, locked."""
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
         raise JaxftError(
             path.parent, f"cannot be written to ({error.strerror}), and {path.name} is made there"
         ) from error
-    try:
-        with _locked(temporary), _disk_errors(path):
-            yield temporary
-            temporary.chmod(0o755)
-            # Two renames: a process that is killed leaves all of the old checkpoint there, nothing, or all of the new.
-            old = temporary.with_name(f"{temporary.name}.old")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-    except BaseException:
-        if not existed and path.is_dir():
-            path.rmdir()
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    lock.enter_context(_locked(temporary))
+    return temporary
 
 
 @contextlib.contextmanager
@@ -116,9 +156,24 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _leftovers(path: Path) -> Iterator[Path]:
+    return path.parent.glob(f".{glob.escape(path.name)}.????????")
+
+
+def _taken_up(path: Path, key: str, lock: contextlib.ExitStack) -> Path | None:
+    """The folder that a killed process left of writing `path` with the same key, locked; None without one."""
+    for leftover in _leftovers(path) if key else ():
+        with contextlib.suppress(OSError), contextlib.ExitStack() as own:  # OSError: somebody is writing it
+            own.enter_context(_locked(leftover))
+            if (leftover / _KEY).read_text() == key:
+                lock.enter_context(own.pop_all())
+                return leftover
+    return None
+
+
 def _remove_leftovers(path: Path) -> None:
     """Removes what killed processes left of earlier tries to write `path`."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+    for leftover in _leftovers(path):
         with contextlib.suppress(OSError), _locked(leftover):  # locked: somebody is writing it
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             shutil.rmtree(f"{leftover}.old", ignore_errors=True)

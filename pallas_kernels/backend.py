@@ -110,21 +110,30 @@ def call(
     """
     if 0 in grid:
         return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), out)
+    return _launched(
+        kernel, out, grid, num_warps, num_stages, tuple((aliases or {}).items()), tuple(static.items()), *arguments
+    )
+
+
+@functools.partial(jax.jit, static_argnums=tuple(range(7)), inline=True)
+def _launched(kernel, out, grid, num_warps, num_stages, aliases, static, *arguments: jax.Array) -> Any:
+    """See `call`. A function of its own under jit, so that a program traces and lowers a kernel once for its shapes and
+    not once for each of its calls."""
 
     def named(*refs: Any) -> None:
-        kernel(*refs, **static)
+        kernel(*refs, **dict(static))
 
     def interpreted(*refs: Any) -> None:
         token = _interpreting.set(True)
         try:
-            kernel(*refs, **static)
+            kernel(*refs, **dict(static))
         finally:
             _interpreting.reset(token)
 
     named.__name__ = interpreted.__name__ = kernel.__name__.strip("_")
     # Always with parameters: they, and not the platform, are what selects Triton in every jax version.
     parameters: Any = triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
-    run = functools.partial(pl.pallas_call, out_shape=out, grid=grid, input_output_aliases=dict(aliases or {}))
+    run = functools.partial(pl.pallas_call, out_shape=out, grid=grid, input_output_aliases=dict(aliases))
     return jax.lax.platform_dependent(
         *arguments, cpu=run(interpreted, interpret=True), default=run(named, compiler_params=parameters)
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -23,6 +23,8 @@ from tiny import make_tiny_hf as _make_tiny_hf  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of a test's time is XLA's, and a tiny program runs a few times: few of its optimizations pay.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,6 +35,14 @@ def _compile_each_program_once(tmp_path_factory: pytest.TempPathFactory) -> None
         base = base.parent
     jax.config.update("jax_compilation_cache_dir", str(base / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="module")
+def fully_optimized() -> Iterator[None]:
+    """Programs as users compile them: where two of them are compared whose rounding differs otherwise."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -110,28 +108,18 @@ def hf_gradients(gradients: nnx.State, hf: dict[str, Any]) -> dict[str, np.ndarr
     return {name: source.read(found.__getitem__) for name, source in layout.hf.items()}
 
 
-def cheaply_compiled(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function` for these arguments' shapes, with few of XLA's optimizations: tiny models compile longer than run."""
-    return jax.jit(function).lower(*arguments).compile({"xla_backend_optimization_level": 0})
-
-
 def through_cache(decoder: Decoder, tokens: jax.Array, prefill: int) -> jax.Array:
     """Hidden states of a prefill of `prefill` tokens followed by steps of one."""
     batch, length = tokens.shape
     graphdef, params = nnx.split(decoder)
 
-    @functools.cache
-    def extend(length: int) -> Any:
-        """The program for so many tokens."""
-        shapes = (params, tokens[:, :length], positions[:, :length], cache, lengths)
-        return cheaply_compiled(lambda params, *args: nnx.merge(graphdef, params).extend(*args), *shapes)
-
+    extend = jax.jit(lambda params, *args: nnx.merge(graphdef, params).extend(*args))
     cache = KVCache.zeros(decoder.config, batch, length, jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
     lengths = jnp.full(batch, length, jnp.int32)
     parts = []
     for start, stop in [(0, prefill), *((i, i + 1) for i in range(prefill, length))]:
-        hidden, cache = extend(stop - start)(params, tokens[:, start:stop], positions[:, start:stop], cache, lengths)
+        hidden, cache = extend(params, tokens[:, start:stop], positions[:, start:stop], cache, lengths)
         parts.append(hidden)
     return jnp.concatenate(parts, axis=1)
 

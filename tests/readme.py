@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
-
-import jax
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -20,14 +16,3 @@ def code_blocks(heading: str, language: str) -> list[str]:
     blocks = re.findall(rf"^```{language}\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     assert blocks, f"no {language} block under {heading!r}"
     return blocks
-
-
-@contextlib.contextmanager
-def compiling_quickly() -> Iterator[None]:
-    """Leaves most of XLA's optimizations out: for tests of whether programs run, not of what they compute how fast."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)

@@ -17,6 +17,7 @@ import pytest
 
 from converters.gguf_export import write_gguf
 from converters.hf_load import HFCheckpoint
+from converters.modelfile import modelfile
 from converters.open import open_checkpoint
 from converters.orbax_io import write_orbax
 from converters.peft_io import read_adapter
@@ -31,6 +32,8 @@ from tiny import hf_config
 # Logits are O(1); float32 sums taken in another order differ by some units in the last place in each layer.
 TOLERANCE = 1e-5
 PROMPTS = ["What is 2 plus 3?", "The answer"]
+
+pytestmark = pytest.mark.usefixtures("fully_optimized")
 
 
 @pytest.fixture(scope="module")
@@ -334,9 +337,13 @@ def test_gguf_gives_the_adapters_logits(model: LanguageModel, expected: np.ndarr
     assert (exact.name, small.name) == ("model.F32.gguf", "model.Q8_0.gguf")
     np.testing.assert_allclose(logits_of(loaded(exact)), expected, atol=TOLERANCE, rtol=TOLERANCE)
     assert TOLERANCE < rms(logits_of(loaded(small)), expected) < 0.1
+    assert small.with_suffix(".Modelfile").read_text() == modelfile(model.source, small.name)
+    assert "FROM ./model.Q8_0.gguf\nTEMPLATE " in small.with_suffix(".Modelfile").read_text()
     with pytest.raises(JaxftError, match=r"model.Q8_0.gguf: exists already"):
         model.save_pretrained_gguf(tmp_path / "gguf")
+    (tmp_path / "gguf" / "README.md").write_text("mine")
     model.save_pretrained_gguf(tmp_path / "gguf", overwrite=True)
+    assert (tmp_path / "gguf" / "README.md").read_text() == "mine"
 
 
 def test_without_an_adapter_the_base_goes_out(base: LanguageModel, tmp_path: Path):

@@ -22,7 +22,7 @@ from jaxft.lora import LoraConfig
 from jaxft.lora.targets import linears, resolved
 from jaxft.models.decoder import Decoder, abstract_decoder
 from llama_cases import gradient_summary
-from models import batch_of, cheaply_compiled, decoder_of, hf_gradients, plain_examples, through_cache, train_everything
+from models import batch_of, decoder_of, hf_gradients, plain_examples, through_cache, train_everything
 from readme import README
 
 FOLDER = Path(__file__).parent / "vectors"
@@ -50,7 +50,7 @@ def loss_and_logits(decoder: Decoder, batch: Batch) -> tuple[Any, jax.Array]:
         total, weight = pk.linear_cross_entropy(rows, model.head(), targets, weights, **model.head_settings())
         return total / weight, model.logits(hidden)
 
-    return cheaply_compiled(jax.grad(loss, has_aux=True), params, one)(params, one)
+    return jax.jit(jax.grad(loss, has_aux=True))(params, one)
 
 
 def check_gradients(gradients: dict[str, np.ndarray], expected: np.ndarray) -> None:

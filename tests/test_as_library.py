@@ -17,7 +17,7 @@ from flax import nnx
 from jaxft import Decoder, lora
 from jaxft.models import labels
 from jaxft.quant import QTensor
-from readme import code_blocks, compiling_quickly
+from readme import code_blocks
 
 RESEARCH_CODE, LOADING_CODE = code_blocks("For research code", "python")
 
@@ -25,7 +25,7 @@ RESEARCH_CODE, LOADING_CODE = code_blocks("For research code", "python")
 @pytest.fixture(autouse=True)
 def _as_users_run_it() -> Iterator[None]:
     """With jax's own defaults: optax needs its promotion of dtypes."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), compiling_quickly():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 

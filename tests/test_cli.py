@@ -158,13 +158,16 @@ def test_eval_of_a_base_an_adapter_and_a_merged_model(
     smollm2_gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     """SmolLM2: what merging changes is rounding; the adapter, trained on the rows, is better at them than the base."""
-    data, text = tmp_path / "rows.jsonl", tmp_path / "text.txt"
-    data.write_text("".join(json.dumps(row) + "\n" for row in sums(40)))
+    data, text, answers = tmp_path / "rows.jsonl", tmp_path / "text.txt", tmp_path / "answers.jsonl"
+    trained = sums(40)
+    data.write_text("".join(json.dumps(row) + "\n" for row in trained))
     text.write_text(
         "A model that predicts the next word of a text is judged by how little that word surprises it. " * 3
     )
+    turns = [[turn["content"] for turn in row["messages"]] for row in trained[::4]]
+    answers.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in turns))
     common = ("--model-name", smollm2_gguf, "--load-in-4bit", "False")
-    run("sft", *common, "--data", data, "--output-dir", tmp_path / "run", "--max-seq-length", 128, "--max-steps", 4,
+    run("sft", *common, "--data", data, "--output-dir", tmp_path / "run", "--max-seq-length", 128, "--max-steps", 15,
         "--learning-rate", 1e-3, "--save", "merged")  # fmt: skip
     found = {}
     for name in (smollm2_gguf, tmp_path / "run" / "adapter", tmp_path / "run" / "merged"):
@@ -172,14 +175,18 @@ def test_eval_of_a_base_an_adapter_and_a_merged_model(
         found[name.name] = (
             evaluated(capfd, *model, "--data", data),
             evaluated(capfd, *model, "--data", text),
-            evaluated(capfd, *model, "--task", "chain_sum", "--task-size", 10, "--max-new-tokens", 8),
+            evaluated(capfd, *model, "--answers", answers, "--max-new-tokens", 8),
         )
-        print(name.name, *found[name.name])
+    for name, scores in found.items():
+        print(name, *scores)
     base, adapter, merged = found.values()
     assert adapter[0]["perplexity"] < 0.8 * base[0]["perplexity"]
     for ours, theirs in zip(adapter[:2], merged[:2], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
-    assert all(score["questions"] == 10 and 0 <= score["accuracy"] <= 1 for _, _, score in found.values())
+    assert [scores[2]["questions"] for scores in found.values()] == [10, 10, 10]
+    assert base[2]["accuracy"] == 0, "it does not know the form of the answers"
+    assert adapter[2]["accuracy"] >= 0.3
+    assert merged[2]["accuracy"] == pytest.approx(adapter[2]["accuracy"], abs=0.1)
 
 
 @pytest.mark.slow

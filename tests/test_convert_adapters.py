@@ -17,6 +17,7 @@ from converters.cli import main
 from converters.hf_export import write_hf
 from converters.hf_load import HFCheckpoint
 from converters.merge import MergedCheckpoint
+from converters.model_card import FORCED_4BIT
 from converters.open import open_checkpoint
 from converters.peft_io import Adapter, make_adapter, read_adapter, write_adapter
 from jaxft.errors import EXIT_STATUS
@@ -68,6 +69,9 @@ def test_merge(method: str, dtype: type, paths: dict[str, Path], capfd: pytest.C
         np.testing.assert_allclose(found.read(name).astype(np.float64), exact, rtol=float(ml_dtypes.finfo(dtype).eps),
                                    atol=1e-6)  # fmt: skip
     assert found.tokenizer() is not None
+    card = (paths["out"] / "README.md").read_text()
+    assert "LoRA of rank 3, lora_alpha 3, on down_proj, gate_proj, " in card
+    assert "4 bits" not in card
 
 
 def test_merge_from_a_quantized_base_says_so(paths: dict[str, Path], capfd: pytest.CaptureFixture[str]):
@@ -101,6 +105,9 @@ def test_forced_4_bit_merge_states_its_loss(paths: dict[str, Path], capfd: pytes
     assert loss["of_change"] == pytest.approx(np.sqrt(error / change), rel=1e-3)
     assert 0.05 < loss["of_weights"] < 0.2
     assert f"{loss['of_weights']:.1%} of their size" in output.err
+    card = (paths["out"] / "README.md").read_text()
+    assert FORCED_4BIT in card
+    assert f"Measured: 4 bits round the merged weights by {loss['of_weights']:.1%} of their size" in card
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,13 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import grpo_learning
 from jaxft import FastLanguageModel, GRPOConfig, GRPOTrainer, LanguageModel
 from jaxft.errors import JaxftError
 from jaxft.losses.tokens import token_log_probs
 from jaxft.train import rewards
 from language_models import adapter_of, loaded
+from tiny import hf_config, write_tiny_hf, write_tokenizer
 
 ROWS = [{"prompt": f"Say {word}", "answer": word} for word in ("yes", "no", "maybe", "so")]
 SETTINGS = GRPOConfig(
@@ -50,6 +52,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_it_learns_what_is_rewarded(model: LanguageModel, tmp_path: Path) -> None:
     result = trainer_of(model, tmp_path / "run", beta=0.01).train()
     rollouts = lines(tmp_path / "run" / "rollouts.jsonl")
@@ -184,6 +187,32 @@ def test_settings_that_do_not_fit_are_refused(tiny_hf_dir: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_ids_that_the_tokenizer_does_not_know(tmp_path: Path) -> None:
+    """Vocabularies are padded: such an id has no text, is counted, and trains like any other."""
+    folder = write_tiny_hf(tmp_path / "hf", hf_config(vocab_size=600))
+    write_tokenizer(folder, 300)
+    model = FastLanguageModel.get_peft_model(loaded(folder), r=4, use_gradient_checkpointing=False)
+    seen: list[tuple[str, list[int]]] = []
+
+    def note(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        seen.extend(zip(completions, completion_ids, strict=True))
+        return [float(len(text)) for text in completions]
+
+    result = trainer_of(model, tmp_path / "run", note, max_steps=2).train()
+    assert all(np.isfinite(row["grad_norm"]) and row["grad_norm"] > 0 for row in result.rows)
+    unknown = [[token for token in ids if token >= 300] for _, ids in seen]
+    assert sum(map(bool, unknown)) > len(seen) / 2
+    counted = [row["completions/unknown_ids"] for row in lines(tmp_path / "run" / "rollouts.jsonl")]
+    assert sum(counted) == sum(map(len, unknown))
+    for text, ids in seen:
+        assert text == model.text_of([token for token in ids if token < 300])
+    pieces: list[str] = []
+    settings: dict[str, Any] = {"chat": False, "max_new_tokens": 20, "do_sample": True, "stop_strings": ["zzz"]}
+    (answer,) = model.answer(["The answer"], on_text=lambda _, text: pieces.append(text), **settings)
+    assert "".join(pieces).strip() == answer.rstrip("\ufffd").strip()
+
+
+@pytest.mark.slow
 def test_smollm2_learns_to_answer_shortly(smollm2_dir: Path, tmp_path: Path) -> None:
     """A real model under NF4: the reward is how far a completion stays below its limit."""
     limit = 24
@@ -199,3 +228,16 @@ def test_smollm2_learns_to_answer_shortly(smollm2_dir: Path, tmp_path: Path) -> 
     trainer_of(model, tmp_path / "run", short, rows, **settings, beta=0.02).train()
     found = [row["reward"] for row in lines(tmp_path / "run" / "rollouts.jsonl")]
     assert np.mean(found[-3:]) > np.mean(found[:2]) + 0.15
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_smollm2_learns_to_add(smollm2_gguf: Path, tmp_path: Path) -> None:
+    """benchmarks/grpo_learning.py in small: held-out accuracy at least doubles, and the saved adapter keeps it."""
+    size = grpo_learning.SIZES["small"]
+    settings = dataclasses.replace(size.settings, output_dir=str(tmp_path / "run"))
+    found = grpo_learning.learn(smollm2_gguf, grpo_learning.Problems.make(size), settings)
+    print(found)
+    assert found["before"] > 0
+    assert found["after"] >= 2 * found["before"]
+    assert found["reloaded"] == found["after"]

@@ -67,6 +67,7 @@ def test_the_kernels_are_in_the_step_once_each_where_expected(remat: str) -> Non
     assert counts == {name: count + again.get(name, 0) for name, count in WITHOUT_REMAT.items()}
 
 
+@pytest.mark.slow
 def test_dora_has_the_same_kernels_and_a_product_for_its_norms() -> None:
     with h100():
         counts = kernel_names(lowered_step("full", use_dora=True))

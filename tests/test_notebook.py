@@ -56,6 +56,7 @@ def test_it_is_committed_without_outputs():
     assert all(cell.execution_count is None and not cell.outputs for cell in code_cells(read()).values())
 
 
+@pytest.mark.slow
 def test_on_a_tiny_model(tiny_hf_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for the kernel's jax: it compiles in half the time
     cells = executed(tmp_path, train_items=8, held_out_items=2, model_path=str(tiny_hf_dir), output_dir="out")

@@ -14,8 +14,8 @@ import pytest
 from jaxpr_tools import computed_avals, residual_avals
 from lowering import kernel_names, lowered_text
 from pallas_kernels import add_rms_norm, gated_activation, gated_activation_backward, rms_norm, rope
+from pallas_kernels.gated_activation import Kind
 from pallas_kernels.gated_activation import _kernel_call as gated_kernel_call
-from pallas_kernels.gated_activation import _Kind
 from pallas_kernels.gated_activation import _Tiling as GatedTiling
 from pallas_kernels.rms_norm import _kernel_call as norm_kernel_call
 from pallas_kernels.rms_norm import _Norm
@@ -172,7 +172,7 @@ def test_large_values_overflow_nowhere(activation: str) -> None:
 @pytest.mark.parametrize("block", [pytest.param(64, marks=pytest.mark.slow), 128])
 def test_gated_blocks_that_do_and_do_not_divide(block: int) -> None:
     gate, up = normals((2, 96), (2, 96))
-    call = functools.partial(gated_kernel_call, kind=_Kind("silu", 1.0, 1.0), tiling=GatedTiling(block))
+    call = functools.partial(gated_kernel_call, kind=Kind("silu", 1.0, 1.0), tiling=GatedTiling(block))
     assert_close(
         gradients(call, gate, up), gradients(functools.partial(gated_activation, implementation="xla"), gate, up)
     )

@@ -8,23 +8,17 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import converters.cli
 import jaxft.cli
-from readme import README, code_blocks, compiling_quickly
+from readme import README, code_blocks
 
 MAINS = {"jaxft": jaxft.cli.main, "jaxft-convert": converters.cli.main}
 QUICK_START = code_blocks("Quick start", "python")[0]
-
-
-@pytest.fixture(autouse=True)
-def _compile_quickly() -> Iterator[None]:
-    with compiling_quickly():
-        yield
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ def adapted(smollm2_gguf):
     return model
 
 
+@pytest.mark.slow
 def test_mean_nll_of_a_paragraph(model):
     tokens = np.asarray([REFERENCE["paragraph"]["input_ids"]])
     batch = jax.tree.map(lambda a: a[0], plain_batch(tokens))
@@ -60,6 +61,7 @@ def test_tokens_logits_and_greedy_output(model):
         assert found.argmax() == tokens[0]
 
 
+@pytest.mark.slow
 def test_gradients_of_all_420_adapter_leaves(adapted):
     """Norm and four projections on random signs of each: a relative L2 error e moves a projection by about e * norm."""
     tokens = smollm2_tokens()

@@ -72,7 +72,7 @@ def test_packing_without_segments_would_change_it(unpacked):
     "settings",
     [
         {"remat": "full"},
-        {"remat": "full,unroll=all"},
+        pytest.param({"remat": "full,unroll=all"}, marks=pytest.mark.slow),
         {"remat": "full,unroll=2,tile=7"},
         pytest.param({"remat": "offload"}, marks=pytest.mark.slow),  # on a CPU the program of "full"
     ],

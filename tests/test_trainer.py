@@ -223,6 +223,7 @@ def test_ctrl_c_in_a_process(tiny_hf_dir: Path, tmp_path: Path):
     assert "stopping after this step (Ctrl-C again to stop at once)" in err
 
 
+@pytest.mark.slow
 def test_packing_changes_nothing(tiny_hf_dir: Path, tmp_path: Path):
     """An epoch of one step, with and without. A large epsilon makes AdamW linear in the gradient, which it would
     otherwise only take the sign of."""

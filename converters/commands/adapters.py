@@ -13,7 +13,10 @@ from jaxft.console import console, warn
 from jaxft.errors import JaxftError
 
 if TYPE_CHECKING:
+    from converters.checkpoint import Checkpoint
     from converters.merge import MergedCheckpoint
+    from converters.model_card import Card
+    from converters.peft_io import Adapter
 
 _NOTES = {
     "merged_16bit": "merged checkpoint, 16 bits",
@@ -45,45 +48,66 @@ class Merge(Writes):
         from converters.bnb import write_bnb
         from converters.hf_export import write_hf
         from converters.load import check
-        from converters.merge import CastCheckpoint
-
-        merged = self._merged()
-        check(merged)
-        loss: dict[str, Any] = {}
-        if self.save_method == "merged_4bit_forced":
-            write_bnb(merged, self.destination, overwrite=self.overwrite)
-            loss = self._loss(merged)
-        else:
-            result = CastCheckpoint(merged) if self.save_method == "merged_16bit" else merged
-            write_hf(result, self.destination, overwrite=self.overwrite)
-        self.report({self.destination: _NOTES[self.save_method]}, base=merged.where, **loss)
-
-    def _merged(self) -> MergedCheckpoint:
-        from converters.checkpoint import quantization_of
-        from converters.merge import MergedCheckpoint
+        from converters.merge import CastCheckpoint, MergedCheckpoint
         from converters.open import base_of, open_checkpoint
         from converters.peft_io import read_adapter
 
         adapter = read_adapter(self.adapter)
-        base = open_checkpoint(self.base or base_of(adapter.config, self.adapter))
+        name = self.base or base_of(adapter.config, self.adapter)
+        base = open_checkpoint(name)
+        self._say_into_what(base)
+        merged = MergedCheckpoint(base, adapter)
+        check(merged)
+        card, loss = self._card(name, base, adapter), {}
+        text = card.text(self.destination.name)
+        if self.save_method == "merged_4bit_forced":
+            write_bnb(merged, self.destination, overwrite=self.overwrite, card=text)
+            loss = self._loss(merged, card)
+        else:
+            result = CastCheckpoint(merged) if self.save_method == "merged_16bit" else merged
+            write_hf(result, self.destination, overwrite=self.overwrite, card=text)
+        self.report({self.destination: _NOTES[self.save_method]}, base=merged.where, **loss)
+
+    @staticmethod
+    def _say_into_what(base: Checkpoint) -> None:
+        from converters.checkpoint import quantization_of
+
         quantization = quantization_of(base)
         if quantization:
             warn(f"{base.where} is quantized ({quantization}), and the adapter is merged into its decoded weights; "
                  "name the original checkpoint with --base to merge into that")  # fmt: skip
         else:
             console.print(f"merging into the weights of {base.where}", soft_wrap=True)
-        return MergedCheckpoint(base, adapter)
 
-    def _loss(self, merged: MergedCheckpoint) -> dict[str, Any]:
-        """What was read back, against what was to be written."""
+    def _card(self, name: str, base: Checkpoint, adapter: Adapter) -> Card:
+        from converters.checkpoint import quantization_of
+        from converters.model_card import FORCED_4BIT, Card, licence_of, of_adapter, of_merge, training_section_of
+
+        quantization = quantization_of(base)
+        into = f"the base's decoded weights ({quantization})" if quantization else "the base's own weights"
+        forced = (FORCED_4BIT,) if self.save_method == "merged_4bit_forced" else ()
+        return Card(
+            self.save_method.removesuffix("_forced"),
+            name,
+            licence_of(base),
+            (of_adapter(adapter.config), of_merge(into), *forced),
+            training_text=training_section_of(self.adapter),
+        )
+
+    def _loss(self, merged: MergedCheckpoint, card: Card) -> dict[str, Any]:
+        """What was read back, against what was to be written; the model card says it as well."""
         from converters.merge import rounding_loss
+        from converters.model_card import write_card
         from converters.open import open_checkpoint
 
         loss = rounding_loss(merged, open_checkpoint(self.destination))
-        warn(
+        words = (
             f"4 bits round the merged weights by {loss.of_weights:.1%} of their size (rms), which is "
-            f"{loss.of_change:.2f} times what the adapter changed; merged_16bit loses neither"
+            f"{loss.of_change:.2f} times what the adapter changed"
         )
+        warn(f"{words}; merged_16bit loses neither")
+        card = dataclasses.replace(card, weights=(*card.weights, f"Measured: {words}."))
+        write_card(self.destination, card.text(self.destination.name))
         return {"loss": dataclasses.asdict(loss)}
 
 

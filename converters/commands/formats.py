@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +13,7 @@ from tyro.conf import Positional
 from converters.commands.base import Writes
 from jaxft.console import warn
 from jaxft.errors import JaxftError
+from jaxft.files import new_files
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
@@ -93,6 +94,7 @@ class ToGguf(Writes):
         from converters.gguf_export import check_quantization, write_gguf
         from converters.imatrix import read_imatrix
         from converters.open import open_checkpoint
+        from converters.resume import resume_key
 
         for name in targets:
             check_quantization(name)
@@ -101,8 +103,12 @@ class ToGguf(Writes):
         checkpoint = open_checkpoint(self.source)
         _warn_if_quantized(checkpoint)
         importance = None if self.imatrix is None else (self.imatrix, read_imatrix(self.imatrix))
-        for name, target in targets.items():
+
+        def write(name: str, target: Path) -> None:
             write_gguf(checkpoint, target, name, importance=importance, overwrite=self.overwrite)
+
+        matrix = self.imatrix and (str(self.imatrix), self.imatrix.stat().st_mtime_ns)
+        _write_each(write, targets, resume_key(checkpoint, matrix))
         written = {target: f"GGUF, {name}" for name, target in targets.items()}
         if self.modelfile:
             from converters.modelfile import write_modelfile
@@ -148,8 +154,11 @@ class Requantize(Writes):
 
         targets = gguf_targets(self.destination, self.type, overwrite=self.overwrite)
         importance = None if self.imatrix is None else (self.imatrix, read_imatrix(self.imatrix))
-        for name, target in targets.items():
+
+        def write(name: str, target: Path) -> None:
             requantize(self.source, target, name, importance=importance, overwrite=self.overwrite)
+
+        _write_each(write, targets, "")
         self.report({target: f"GGUF, {name}, from {self.source}" for name, target in targets.items()})
 
 
@@ -266,6 +275,18 @@ def gguf_targets(destination: Path, types: tuple[str, ...], *, overwrite: bool) 
         if target.exists() and not overwrite:
             raise JaxftError(target, "exists already", "Choose another folder, or ask for overwriting")
     return targets
+
+
+def _write_each(write: Callable[[str, Path], None], targets: Mapping[str, Path], key: str) -> None:
+    """Writes one file in place, and several so that they appear together; with a key, those that a killed process had
+    finished are kept."""
+    if len(targets) == 1:
+        write(*next(iter(targets.items())))
+        return
+    with new_files(next(iter(targets.values())).parent, resume_key=key) as folder:
+        for name, target in targets.items():
+            if not (folder / target.name).exists():
+                write(name, folder / target.name)
 
 
 def _warn_if_quantized(checkpoint: Checkpoint) -> None:

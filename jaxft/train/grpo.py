@@ -27,7 +27,7 @@ from jaxft.generate import Completions, complete
 from jaxft.generation.sampling import Sampling
 from jaxft.losses.policy import Level, LossType, PolicyLoss, ScaleRewards
 from jaxft.models.decoder import Decoder
-from jaxft.train import rewards, trainer
+from jaxft.train import reporting, rewards, trainer
 from jaxft.train.arguments import known_names_only
 from jaxft.train.metrics import MetricsLog, read_rows
 from jaxft.train.rewards import RewardFunction
@@ -206,6 +206,7 @@ class GRPOTrainer:
         rewards.check_columns(self.functions, list(self.prompts[0].columns))
         longest = max(len(prompt.tokens) for prompt in self.prompts) + args.max_completion_length
         self._row_length = -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        self.known_ids = 1 + max(self.tokenizer.get_vocab().values())
         self._decoder: Decoder = model.decoder
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> trainer.TrainResult:
@@ -240,6 +241,7 @@ class GRPOTrainer:
         )
         try:
             result = trainer.run(job, args)
+            self.model.training = reporting.record(self, result)
         finally:
             rollouts.close()
         plot_curves(result.rows, rollouts.rows, output_dir / "curves.png")
@@ -453,6 +455,7 @@ class _Rollouts:
             "completions/mean_length": float(np.mean(lengths)),
             "completions/max_length": max(lengths),
             "completions/clipped_ratio": 1 - float(np.mean(rollout.drawn.finished)),
+            "completions/unknown_ids": sum(t >= self.owner.known_ids for ts in rollout.drawn.tokens for t in ts),
             "generation/utilisation": rollout.drawn.utilisation,
         }
         if totals is None or rollout.rewards is None:

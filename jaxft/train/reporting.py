@@ -16,7 +16,7 @@ from jaxft.models import labels
 from jaxft.models.decoder import Decoder
 from jaxft.models.remat import AUTO
 from jaxft.plan import GIB, plan
-from jaxft.train.arguments import TrainingArguments, jsonable
+from jaxft.train.arguments import MAY_CHANGE, TrainingArguments, jsonable
 
 
 def start_table(decoder: Decoder, args: TrainingArguments, loader: Any, total_steps: int) -> Any:
@@ -106,6 +106,24 @@ def summary(rows: Sequence[Mapping[str, Any]], seconds: float, skipped: int) -> 
     if skipped:
         facts["batches left out"] = skipped
     return console.table("the run", ("what", "value"), facts.items())
+
+
+def record(trainer: Any, result: Any) -> dict[str, Any]:
+    """What a model card says of a run: {"trainer", "settings", "figures"}, plain values.
+
+    Args:
+      trainer: has `args`; of its settings those are told that change what is learnt.
+      result: a `jaxft.train.trainer.TrainResult`.
+    """
+    train = [row for row in result.rows if row.get("loss") is not None]
+    evaluated = [row["eval_loss"] for row in result.rows if row.get("eval_loss") is not None]
+    figures: dict[str, Any] = {"steps": result.steps}
+    if train:
+        figures |= {"loss at the start": train[0]["loss"], "loss at the end": train[-1]["loss"]}
+    if evaluated:
+        figures["eval loss at the end"] = evaluated[-1]
+    settings = {name: value for name, value in jsonable(trainer.args).items() if name not in MAY_CHANGE}
+    return {"trainer": type(trainer).__name__, "settings": settings, "figures": figures}
 
 
 def _shown(value: float | None) -> str:

@@ -151,6 +151,7 @@ class SFTTrainer:
         prepare_output_dir(args.output_dir, overwrite=args.overwrite_output_dir or args.resumes)
         self._announce(loader, example, total_steps)
         result = trainer.run(job, args)
+        self.model.training = reporting.record(self, result)
         if args.streaming:
             console.console.print(f"train_dataset: {loader.report}", soft_wrap=True)
         return result

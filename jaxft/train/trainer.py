@@ -221,6 +221,8 @@ class _Loop:
         given = self._keyed(batch)
         with explained_memory(self.job.decoder, self.tx, given):
             self.trainable, self.opt_state, metrics = self.step(self.trainable, self.frozen, self.opt_state, given)
+        for value in metrics.values():
+            value.copy_to_host_async()  # begun once the next step is on its way, a copy would wait for that step too
         self.progress.step += 1
         self.meter.count(batch)
         self.dispatched.append(_Dispatched(self.progress.step, batch, metrics))
