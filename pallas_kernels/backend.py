@@ -103,7 +103,7 @@ def call(
       grid: how many programs, for each axis of `program_id`. With an axis of length 0 the result is zeros.
       num_warps, num_stages: Triton's.
       aliases: {input: output} that share memory; XLA copies the input first where somebody still needs it.
-      static: Python values for the kernel.
+      static: hashable Python values for the kernel.
 
     Returns:
       The outputs, in the form of `out`.
