@@ -265,10 +265,7 @@ class GRPOTrainer:
         return Rollout(repeated, drawn, texts, self._judge(repeated, drawn, texts))
 
     def batch(self, rollout: Rollout) -> PolicyBatch:
-        """A rollout as [A, B, T], a completion a row; T holds any completion of any prompt, so nothing recompiles.
-
-        Attention is faster without segment ids, and such rows need them only to keep padding out of experts' load.
-        """
+        """A rollout as [A, B, T], a completion a row; T holds any completion of any prompt, so nothing recompiles."""
         args, drawn = self.args, rollout.drawn
         examples = []
         for prompt, tokens in zip(rollout.prompts, drawn.tokens, strict=True):
@@ -280,8 +277,6 @@ class GRPOTrainer:
         if args.mask_truncated_completions:
             text.loss_mask[~np.asarray(drawn.finished)] = 0
         shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size)
-        if self._decoder.config.moe is None:
-            text = text._replace(segment_ids=None)
         batch = PolicyBatch(text, np.ones((len(examples), 1), np.float32), self._advantages(rollout)[:, None], old)
         return jax.tree.map(lambda x: x.reshape(*shape, x.shape[-1]), batch)
 
