@@ -1,15 +1,16 @@
 """Generation: a few slots decode together, and a queue of completions refills the ones that are done.
 
-Every row has its own length; a prompt is run once for all of its completions; the host looks only every `CHUNK`
+Every row has its own length; prompts are run a few at once, each once for all of its completions; the host looks only every `CHUNK`
 tokens, or when a slot is free and a completion waits for it. The device's half is `jaxft.generation.slots`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,6 @@ from jaxft.errors import JaxftError
 from jaxft.generation import slots as device
 from jaxft.generation.sampling import GREEDY, Sampling
 from jaxft.generation.text import StopStrings
-from jaxft.models.attention import KVCache
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import Decoder
 
@@ -29,6 +29,7 @@ __all__ = ["BUCKET", "CHUNK", "Completions", "Sampling", "complete", "generate"]
 BUCKET = 64  # the least length of prompts and cache; longer ones are powers of two, so that few programs are compiled
 CHUNK = 32  # tokens that the device draws before the host looks
 STREAMED = 4  # the same where somebody watches them
+PREFILL = 1024  # tokens, padding included, of the prompts that are run at once, unless one is longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,14 @@ def complete(
     return batch.completions()
 
 
+class _Prefilled(NamedTuple):
+    """Prompts that were run at once: the first one's number, their padded tokens, keys and values [L, R, W, K, H]."""
+
+    first: int
+    tokens: np.ndarray
+    cache: Any
+
+
 @dataclasses.dataclass
 class _Batch:
     """One call of `complete`: the host's view of its N completions and B slots.
@@ -147,16 +156,18 @@ class _Batch:
         self.counts = np.zeros(total, int)
         self.stopped = np.zeros(total, bool)
         self.steps = 0
-        self.prefilled: tuple[int, np.ndarray, KVCache] | None = None
+        self.prefilled = _Prefilled(0, np.zeros((0, 0), np.int32), None)
 
     def refill(self) -> bool:
         """Gives idle slots the next completions; False when no slot has any."""
         for slot, occupant in enumerate(self.occupants):
             if occupant is None and self.waiting:
                 self.occupants[slot] = row = self.waiting.popleft()
-                tokens, prompt = self._prefill(row * len(self.prompts) // len(self.lengths))
-                numbers = map(np.int32, (self.lengths[row], slot, row, self.limits[row]))
-                self.slots = device.admit(self.slots, prompt, tokens, *numbers, self.keys[row])
+                prompt = row * len(self.prompts) // len(self.lengths)
+                self._prefill(prompt)
+                first, tokens, cache = self.prefilled
+                numbers = map(np.int32, (prompt - first, self.lengths[row], slot, row, self.limits[row]))
+                self.slots = device.admit(self.slots, cache, tokens[prompt - first], *numbers, self.keys[row])
         return any(row is not None for row in self.occupants)
 
     def decode(self) -> None:
@@ -197,14 +208,23 @@ class _Batch:
             utilisation=float(self.counts.sum() / (self.steps * len(self.occupants))),
         )
 
-    def _prefill(self, index: int) -> tuple[np.ndarray, KVCache]:
-        """A prompt's padded tokens and cache; kept for its other completions, which come next."""
-        if self.prefilled is None or self.prefilled[0] != index:
-            prompt = self.prompts[index]
-            tokens = np.zeros(bucket(len(prompt)), np.int32)
-            tokens[: len(prompt)] = prompt
-            self.prefilled = index, tokens, device.prefill(*self.model, tokens[None], np.int32(len(prompt)))
-        return self.prefilled[1:]
+    def _prefill(self, prompt: int) -> None:
+        """Runs a prompt, and with it those after it whose bucket is the same: their completions come next.
+
+        How many are run at once depends on the bucket and the number of prompts alone, so a prompt's own numbers do
+        not depend on what the others are.
+        """
+        first, tokens, _ = self.prefilled
+        if first <= prompt < first + len(tokens):
+            return
+        width = bucket(len(self.prompts[prompt]))
+        rows = min(max(1, PREFILL // width), bucket(len(self.prompts), least=1))
+        following = itertools.islice(self.prompts, prompt, prompt + rows)
+        same = list(itertools.takewhile(lambda tokens: bucket(len(tokens)) == width, following))
+        tokens, lengths = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
+        for row, ids in enumerate(same):
+            tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+        self.prefilled = _Prefilled(prompt, tokens[: len(same)], device.prefill(*self.model, tokens, lengths))
 
     def _make_room(self) -> None:
         """Makes the cache hold what the busy slots may draw until the host looks again."""

@@ -44,24 +44,39 @@ def fma(x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
     return _assembly("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", jnp.float32, x, y, z)
 
 
-def look_up_16(entry: Callable[[jax.Array], jax.Array], index: jax.Array) -> jax.Array:
-    """float32 of index's shape: entry(index & 15), for the kernels' tables of 16 float32 values.
+def table_of_16(entry: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> jax.Array | list[jax.Array]:
+    """In a kernel: a table of the 16 float32 values entry(0) to entry(15), for `look_up` with an index of this shape.
 
-    Each lane of a warp holds one entry and takes the one it needs from its neighbour by a shuffle (PTX `shfl.sync.idx`
-    with segments of 16 lanes, which ignores an index's higher bits): two instructions instead of a load's four. The
-    interpreter selects.
+    Each lane of a warp holds one entry, twice in 32. Entries are chosen by masks: of selections the compiler makes
+    loads under conditions, each of which waits for the last. The interpreter's table is a list.
     """
-    lane = index if _interpreting.get() else _assembly("mov.u32 $0, %laneid;", "=r,r", jnp.int32, jnp.zeros_like(index))
-    values = jnp.zeros(index.shape, jnp.float32)
-    for i in range(16):
-        values = jnp.where(lane & 15 == i, entry(jnp.int32(i)), values)
+    entries = [entry(jnp.int32(i)) for i in range(16)]
     if _interpreting.get():
+        return entries
+    lane = _assembly("mov.u32 $0, %laneid;", "=r,r", jnp.int32, jnp.zeros(shape, jnp.int32)) & 15
+    held = jnp.zeros(shape, jnp.int32)
+    for i, one in enumerate(entries):
+        mine = jax.lax.shift_right_arithmetic((lane ^ i) - 1, jnp.full(shape, 31, jnp.int32))
+        held |= mine & jax.lax.bitcast_convert_type(one, jnp.int32)
+    return held
+
+
+def look_up(table: jax.Array | list[jax.Array], index: jax.Array) -> jax.Array:
+    """float32 of index's shape: entry index & 15 of a `table_of_16`.
+
+    A lane takes the entry that it needs from its neighbour by a shuffle (PTX `shfl.sync.idx` with segments of 16
+    lanes, which ignores an index's higher bits): two instructions instead of a load's four.
+    """
+    if isinstance(table, list):
+        values = jnp.zeros(index.shape, jnp.float32)
+        for i, one in enumerate(table):
+            values = jnp.where(index & 15 == i, one, values)
         return values
-    return _assembly("shfl.sync.idx.b32 $0, $1, $2, 0x101f, 0xffffffff;", "=f,f,r", jnp.float32, values, index)
+    return _assembly("shfl.sync.idx.b32 $0, $1, $2, 0x101f, 0xffffffff;", "=f,r,r", jnp.float32, table, index)
 
 
 def _assembly(text: str, constraints: str, dtype: Any, *arguments: jax.Array) -> jax.Array:
-    """One PTX instruction for each element."""
+    """PTX instructions for each element."""
     out = jax.ShapeDtypeStruct(arguments[0].shape, dtype)
     (result,) = triton.elementwise_inline_asm(
         text, args=arguments, constraints=constraints, pack=1, result_shape_dtypes=[out]

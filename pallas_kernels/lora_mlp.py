@@ -141,7 +141,9 @@ class _Kept(NamedTuple):
 def _mlp(static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...]) -> jax.Array:
     """x [T, in] -> [T, out]."""
     if nf4_linears.takes(x, linears):
-        (h,) = nf4_linears.nf4_linears(x, linears[:2], activation=static.activation)
+        gate, up = nf4_linears.nf4_linears(x, linears[:2])
+        # XLA's, which also brings h into the order of the next kernel.
+        h = gated_activation(gate, up, activation=static.activation, implementation="xla")
         return nf4_linears.nf4_linears(h, linears[2:])[0]
     return _forward(static, x, nf4_linears.plain(linears), packed=True)[0]
 

@@ -270,11 +270,16 @@ def word_scales(stack: nf4.Stack, layer: jax.Array, fetched: Fetched) -> jax.Arr
     return jnp.broadcast_to(scales[:, :, None], (rows, blocks, words // blocks)).reshape(rows, words)
 
 
-def look_up(stack: nf4.Stack, layer: jax.Array, codes: jax.Array, shift: jax.Array | int) -> jax.Array:
-    """float32: the map's entry for the code that begins at bit `shift` of every word."""
-    shift = jnp.full(codes.shape, shift, jnp.int32) if isinstance(shift, int) else shift
-    shifted = jax.lax.shift_right_logical(codes, shift)
-    return backend.look_up_16(lambda i: backend.load(stack.quant_map.at[layer, i]), shifted)
+def table(stack: nf4.Stack, layer: jax.Array, tile: tuple[int, int]) -> Any:
+    """A layer's map from codes to values, for `look_up` in tiles [rows, words]."""
+    return backend.table_of_16(lambda i: backend.load(stack.quant_map.at[layer, i]), tile)
+
+
+def look_up(table: Any, codes: jax.Array, j: int) -> jax.Array:
+    """float32 of codes' shape: the values of the j-th code of every word."""
+    # Bytes ascend in a word, and the first of a byte's two codes is in its high nibble.
+    shift = jnp.full(codes.shape, 4 * (j ^ 1), jnp.int32)
+    return backend.look_up(table, jax.lax.shift_right_logical(codes, shift))
 
 
 def power_of_two(size: int, least: int, most: int) -> int:
@@ -343,16 +348,16 @@ def _matvec_sums(
     per_row = stacks[0].codes.shape[2]
     steps = -(-per_row // words)
     layers = [stack.layer[0] for stack in stacks]
+    tables = [table(stack, layer, (rows, words)) for stack, layer in zip(stacks, layers, strict=True)]
 
     def step(word: jax.Array, sums: list[list[jax.Array]]) -> list[list[jax.Array]]:
         x = [_by_code(x_ref, m, word, words, rows) for m in range(tokens)]
         done = []
-        for stack, layer, totals in zip(stacks, layers, sums, strict=True):
+        for stack, layer, values_of, totals in zip(stacks, layers, tables, sums, strict=True):
             tile = fetch(stack, Tile(layer, row, word, rows, words), plan.format)
             inner = [jnp.zeros((rows, words), jnp.float32)] * tokens
             for j in range(PER_WORD):
-                # Bytes ascend in a word, and the first of a byte's two codes is in its high nibble.
-                values = look_up(stack, layer, tile.codes, 4 * (j ^ 1))
+                values = look_up(values_of, tile.codes, j)
                 inner = [backend.fma(values, x[m][j], inner[m]) for m in range(tokens)]
             scales = word_scales(stack, layer, tile)
             done.append([backend.fma(scales, one, total) for one, total in zip(inner, totals, strict=True)])

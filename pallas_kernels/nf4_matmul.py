@@ -29,6 +29,7 @@ from pallas_kernels.nf4_kernels import (
     linears,
     look_up,
     power_of_two,
+    table,
     word_scales,
 )
 from pallas_kernels.op import Case, Choice, Implementation, Op, normal, register
@@ -163,6 +164,7 @@ def tensor_core_call(
     words: int | None = None,
     splits: int | None = None,
     num_warps: int = 4,
+    num_stages: int | None = None,
 ) -> jax.Array:
     """x [M, in] -> [M, out]; a program makes [rows, a block of tokens], 8 products of depth `words` at a time.
 
@@ -183,6 +185,7 @@ def tensor_core_call(
         out=jax.ShapeDtypeStruct((splits, tokens, out), x.dtype if splits == 1 else jnp.float32),
         grid=(-(-out // rows), -(-tokens // block), splits),
         num_warps=num_warps,
+        num_stages=num_stages,
         rows=rows,
         words=words,
         block=block,
@@ -199,6 +202,7 @@ def _tensor_core_kernel(*refs: Any, rows: int, words: int, block: int, steps: in
     _, tokens, out = out_ref.shape
     per_row = stack.codes.shape[2]
     at_token = token + jax.lax.broadcasted_iota(jnp.int32, (block, words), 0)
+    values = table(stack, layer, (rows, words))
 
     def step(i: jax.Array, sums: jax.Array) -> jax.Array:
         word = (split * steps + i) * words
@@ -207,7 +211,7 @@ def _tensor_core_kernel(*refs: Any, rows: int, words: int, block: int, steps: in
         scales = word_scales(stack, layer, fetched)
         mask = (at_token < tokens) & (word + jax.lax.broadcasted_iota(jnp.int32, (block, words), 1) < per_row)
         for j in range(PER_WORD):
-            w = (look_up(stack, layer, fetched.codes, 4 * (j ^ 1)) * scales).astype(x_ref.dtype)
+            w = (look_up(values, fetched.codes, j) * scales).astype(x_ref.dtype)
             where = jnp.int32(j), backend.ds(token, block), backend.ds(word, words)
             x = backend.load(x_ref.at[where], mask=mask, other=0)
             sums += backend.dot(w, x, trans_y=True)

@@ -73,9 +73,13 @@ class Results(NamedTuple):
         return cls(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(completions, jnp.int32))
 
 
+import os
+UNROLL = os.environ.get('UNROLL', '')
+
+
 def _decoder(graphdef: nnx.GraphDef, params: nnx.State) -> Decoder:
     decoder: Decoder = nnx.merge(graphdef, params)
-    decoder.remat = "none"  # there is no backward pass to keep anything for
+    decoder.remat = "none" + UNROLL  # there is no backward pass to keep anything for
     # Adapters in the activations' dtype, which the products take, once a call and not once a token; and as stacks that
     # are read where they are used, as the base's are: nothing trains here.
     dtype = decoder.model.embed_tokens.weight.get_value().dtype
@@ -88,20 +92,21 @@ def _decoder(graphdef: nnx.GraphDef, params: nnx.State) -> Decoder:
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def prefill(graphdef: nnx.GraphDef, params: nnx.State, tokens: jax.Array, length: jax.Array) -> KVCache:
-    """The keys and values [L, 1, W, K, H] of a prompt int32 [1, W] of `length` tokens, padded on the right."""
+def prefill(graphdef: nnx.GraphDef, params: nnx.State, tokens: jax.Array, lengths: jax.Array) -> KVCache:
+    """The keys and values [L, R, W, K, H] of prompts int32 [R, W] of `lengths` tokens, padded on the right."""
     decoder = _decoder(graphdef, params)
     dtype = jnp.dtype(decoder.model.embed_tokens.dtype)
     rows, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
-    return decoder.extend(tokens, positions, KVCache.zeros(decoder.config, rows, width, dtype), length[None])[1]
+    return decoder.extend(tokens, positions, KVCache.zeros(decoder.config, rows, width, dtype), lengths)[1]
 
 
 @partial(jax.jit, donate_argnames="slots")
 def admit(
     slots: Slots,
-    prompt: KVCache,
+    prompts: KVCache,
     tokens: jax.Array,
+    prompt: jax.Array,
     length: jax.Array,
     slot: jax.Array,
     row: jax.Array,
@@ -111,12 +116,16 @@ def admit(
     """Gives `slot` the completion `row` of at most `limit` tokens, of a prompt that `prefill` ran.
 
     Args:
-      prompt: keys and values [L, 1, W, K, H], W at most the cache's capacity.
+      prompts: keys and values [L, R, W, K, H], W at most the cache's capacity; `prompt` is the one of them.
       tokens: int32 [W], of which `length` are the prompt.
       key: the completion's own.
     """
-    start = (0, slot, 0, 0, 0)
-    cache = jax.tree.map(lambda whole, part: jax.lax.dynamic_update_slice(whole, part, start), slots.cache, prompt)
+
+    def put(whole: jax.Array, parts: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(parts, prompt, 1, axis=1)
+        return jax.lax.dynamic_update_slice(whole, part, (0, slot, 0, 0, 0))
+
+    cache = jax.tree.map(put, slots.cache, prompts)
     seen = slots.seen
     if seen is not None:
         vocab = seen.shape[1]
