@@ -1,7 +1,8 @@
 """Generation: a few slots decode together, and a queue of completions refills the ones that are done.
 
-Every row has its own length; prompts are run a few at once, each once for all of its completions; the host looks only every `CHUNK`
-tokens, or when a slot is free and a completion waits for it. The device's half is `jaxft.generation.slots`.
+Every row has its own length; prompts are run a few at once, each once for all of its completions; the host looks only
+every `CHUNK` tokens, or when a slot is free and a completion waits for it. The device's half is
+`jaxft.generation.slots`.
 """
 
 from __future__ import annotations

@@ -319,7 +319,7 @@ def _decoding(s: Sizes) -> Iterator[Benchmark]:
 
 
 def _gate_and_up(s: Sizes) -> Iterator[Benchmark]:
-    """The two largest linears of a decoding step, with adapters and activation."""
+    """The two largest linears of a decoding step, with adapters."""
 
     def make(key: jax.Array) -> dict[str, Any]:
         def linear(key: jax.Array) -> LoraWeights:
@@ -328,11 +328,7 @@ def _gate_and_up(s: Sizes) -> Iterator[Benchmark]:
             return LoraWeights(nf4.Weight(*random_nf4(keys[1], s.intermediate, s.hidden)), None, **factors)
 
         keys = jax.random.split(key, 3)
-        return {
-            **normals(keys[0], x=(1, s.hidden)),
-            "linears": (linear(keys[1]), linear(keys[2])),
-            "activation": "silu",
-        }
+        return {**normals(keys[0], x=(1, s.hidden)), "linears": (linear(keys[1]), linear(keys[2]))}
 
     stored = 2 * s.hidden * s.intermediate * (0.5 + 1 / 64) / 1e9
     yield Benchmark("nf4_linears", f"1 x {s.hidden} -> 2 x {s.intermediate}", "forward", make, gigabytes=stored)

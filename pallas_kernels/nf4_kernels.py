@@ -6,7 +6,7 @@ A program makes a few rows of one W_i, and takes each block's absmax out of the 
 
 A sum has no order, so an int32 word of eight codes is never unpacked: the kernel reads x as [8, M, in / 8], where x[j]
 meets every word's j-th code. Sums are float32, rounded to x's dtype once. All linears of a call are one launch: small
-ones would leave most of a GPU idle. Two linears may be joined by a gate, act(y_0) * y_1.
+ones would leave most of a GPU idle.
 
 The low-rank products l_i = scale_i x A_i^T are a launch of their own, because every program needs all of them. Adapters
 are read from the stack of all layers, as weights are: a slice would be a copy for each of a layer's fourteen factors.
@@ -15,6 +15,7 @@ are read from the stack of all layers, as weights are: a slice would be a copy f
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import backend, nf4
-from pallas_kernels.gated_activation import Kind, activated
 
 PER_WORD = 2 * nf4.BYTES_PER_WORD  # codes in an int32 word
 MATVEC_TOKENS = 4
@@ -72,58 +72,50 @@ class Tiling(NamedTuple):
     num_warps: int
 
 
+FASTEST = Tiling(2, 128, 1)  # of a dozen, on an H200: many small programs hide each other's latency
+
+
 def linears(
     x: jax.Array,
     parts: Sequence[Linear],
     scales: Sequence[Any],
     format: Format,
     *,
-    activation: str | None = None,
     tiling: Tiling | None = None,
 ) -> tuple[jax.Array, ...]:
-    """x [M, in] -> y_i [M, out_i] of each linear, in x's dtype; with an `activation` of two linears act(y_0) * y_1.
+    """x [M, in] -> y_i [M, out_i] of each linear, in x's dtype.
 
     Args:
       parts: arrays of each linear.
       scales: of each linear's low-rank product, numbers or scalars.
     """
     tokens, columns = x.shape
-    # The sums of every token live in registers: smaller tiles for more tokens (fastest of several on an H100).
-    tiling = tiling or (Tiling(4, 256, 2) if tokens == 1 else Tiling(2, 128, 1))
+    tiling = tiling or FASTEST
     tiling = tiling._replace(words=power_of_two(columns // PER_WORD, 16, tiling.words))
     by_code = jnp.moveaxis(x.reshape(tokens, columns // PER_WORD, PER_WORD), 2, 0)
     low = _low_rank(x, parts, scales)
     inputs = _Inputs(by_code, low, tuple(part._replace(lora_A=None) for part in parts))
-    plan, leaves = _plan(inputs, format, activation, tiling)
-    outs = [parts[group.members[0]].stack.codes.shape[1] for group in plan.groups]
+    plan, leaves = _plan(inputs, format, tiling)
+    outs = [part.stack.codes.shape[1] for part in parts]
     return tuple(
         backend.call(
             _matvec_kernel,
             *leaves,
             out=tuple(jax.ShapeDtypeStruct((tokens, out), x.dtype) for out in outs),
-            grid=(sum(group.programs for group in plan.groups) if tokens else 0,),
+            grid=(plan.first[-1] if tokens else 0,),
             num_warps=tiling.num_warps,
             plan=plan,
         )
     )
 
 
-class _Group(NamedTuple):
-    """Linears of which one program computes the same rows: one, or two that a gate joins."""
-
-    members: tuple[int, ...]
-    first: int  # program
-    programs: int
-
-
 class _Plan(NamedTuple):
     """What is static about a launch."""
 
-    groups: tuple[_Group, ...]
+    first: tuple[int, ...]  # program of each linear, and of what would come after the last
     ranks: tuple[int, ...]
     tiling: Tiling
     format: Format
-    activation: str | None
     tree: Any  # of the kernel's inputs
 
 
@@ -135,29 +127,12 @@ class _Inputs(NamedTuple):
     parts: tuple[Linear, ...]
 
 
-def _plan(inputs: _Inputs, format: Format, activation: str | None, tiling: Tiling) -> tuple[_Plan, list[jax.Array]]:
-    members = (tuple(range(len(inputs.parts))),) if activation else tuple((i,) for i in range(len(inputs.parts)))
-    groups: list[_Group] = []
-    first = 0
-    for group in members:
-        programs = -(-inputs.parts[group[0]].stack.codes.shape[1] // tiling.rows)
-        groups.append(_Group(group, first, programs))
-        first += programs
+def _plan(inputs: _Inputs, format: Format, tiling: Tiling) -> tuple[_Plan, list[jax.Array]]:
+    programs = (-(-part.stack.codes.shape[1] // tiling.rows) for part in inputs.parts)
+    first = tuple(itertools.accumulate(programs, initial=0))
     ranks = tuple(0 if part.lora_B is None else part.lora_B.shape[2] for part in inputs.parts)
     leaves, tree = jax.tree.flatten(inputs)
-    return _Plan(tuple(groups), ranks, tiling, format, activation, tree), leaves
-
-
-def _run_groups(plan: _Plan, run: Any) -> None:
-    """In a kernel: `run(group, row)` for this program's group and the first of its rows."""
-    program = backend.program_id(0)
-    for group in plan.groups:
-        row = (program - group.first) * plan.tiling.rows
-        mine = (program >= group.first) & (program < group.first + group.programs)
-        if len(plan.groups) == 1:
-            run(group, row)
-        else:
-            backend.when(mine)(functools.partial(run, group, row))
+    return _Plan(first, ranks, tiling, format, tree), leaves
 
 
 # The low-rank products.
@@ -293,29 +268,22 @@ def power_of_two(size: int, least: int, most: int) -> int:
 def _matvec_kernel(*refs: Any, plan: _Plan) -> None:
     count = plan.tree.num_leaves
     inputs, outs = jax.tree.unflatten(plan.tree, refs[:count]), refs[count:]
-    rows = plan.tiling.rows
-
-    def run(group: _Group, row: jax.Array) -> None:
-        out_ref = outs[plan.groups.index(group)]
-        tokens, out = out_ref.shape
-        mask = None if out % rows == 0 else row + jax.lax.iota(jnp.int32, rows) < out
-        sums = _matvec_sums([inputs.parts[i].stack for i in group.members], inputs.x, row, tokens, plan)
-        for m in range(tokens):
-            y = [
-                _matvec_row(jnp.sum(total[m], axis=1), inputs, i, m, row, plan).astype(out_ref.dtype)
-                for i, total in zip(group.members, sums, strict=True)
-            ]
-            backend.store(out_ref.at[jnp.int32(m), backend.ds(row, rows)], _gated(y, plan), mask=mask)
-
-    _run_groups(plan, run)
+    program = backend.program_id(0)
+    for i, (first, stop) in enumerate(itertools.pairwise(plan.first)):
+        run = functools.partial(_matvec_rows, inputs, i, (program - first) * plan.tiling.rows, outs[i], plan)
+        if len(outs) == 1:
+            run()
+        else:
+            backend.when((program >= first) & (program < stop))(run)
 
 
-def _gated(y: Sequence[jax.Array], plan: _Plan) -> jax.Array:
-    """y_0, or act(y_0) * y_1; in a kernel."""
-    if plan.activation is None:
-        return y[0]
-    gate, up = (part.astype(jnp.float32) for part in y)
-    return activated(gate, up, Kind(plan.activation)).astype(y[0].dtype)
+def _matvec_rows(inputs: _Inputs, i: int, row: jax.Array, out_ref: Any, plan: _Plan) -> None:
+    """Linear i's result in the rows from `row` on."""
+    rows, (tokens, out) = plan.tiling.rows, out_ref.shape
+    mask = None if out % rows == 0 else row + jax.lax.iota(jnp.int32, rows) < out
+    for m, total in enumerate(_matvec_sums(inputs.parts[i].stack, inputs.x, row, tokens, plan)):
+        y = _matvec_row(jnp.sum(total, axis=1), inputs, i, m, row, plan).astype(out_ref.dtype)
+        backend.store(out_ref.at[jnp.int32(m), backend.ds(row, rows)], y, mask=mask)
 
 
 def _matvec_row(y: jax.Array, inputs: _Inputs, i: int, m: int, row: jax.Array, plan: _Plan) -> jax.Array:
@@ -340,30 +308,25 @@ def _matvec_row(y: jax.Array, inputs: _Inputs, i: int, m: int, row: jax.Array, p
     return y
 
 
-def _matvec_sums(
-    stacks: Sequence[nf4.Stack], x_ref: Any, row: jax.Array, tokens: int, plan: _Plan
-) -> list[list[jax.Array]]:
-    """For each weight and token float32 [rows, words], to be added up over the words."""
+def _matvec_sums(stack: nf4.Stack, x_ref: Any, row: jax.Array, tokens: int, plan: _Plan) -> list[jax.Array]:
+    """For each token float32 [rows, words], to be added up over the words."""
     rows, words = plan.tiling.rows, plan.tiling.words
-    per_row = stacks[0].codes.shape[2]
+    per_row = stack.codes.shape[2]
     steps = -(-per_row // words)
-    layers = [stack.layer[0] for stack in stacks]
-    tables = [table(stack, layer, (rows, words)) for stack, layer in zip(stacks, layers, strict=True)]
+    layer = stack.layer[0]
+    values_of = table(stack, layer, (rows, words))
 
-    def step(word: jax.Array, sums: list[list[jax.Array]]) -> list[list[jax.Array]]:
+    def step(word: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
         x = [_by_code(x_ref, m, word, words, rows) for m in range(tokens)]
-        done = []
-        for stack, layer, values_of, totals in zip(stacks, layers, tables, sums, strict=True):
-            tile = fetch(stack, Tile(layer, row, word, rows, words), plan.format)
-            inner = [jnp.zeros((rows, words), jnp.float32)] * tokens
-            for j in range(PER_WORD):
-                values = look_up(values_of, tile.codes, j)
-                inner = [backend.fma(values, x[m][j], inner[m]) for m in range(tokens)]
-            scales = word_scales(stack, layer, tile)
-            done.append([backend.fma(scales, one, total) for one, total in zip(inner, totals, strict=True)])
-        return done
+        tile = fetch(stack, Tile(layer, row, word, rows, words), plan.format)
+        inner = [jnp.zeros((rows, words), jnp.float32)] * tokens
+        for j in range(PER_WORD):
+            values = look_up(values_of, tile.codes, j)
+            inner = [backend.fma(values, x[m][j], inner[m]) for m in range(tokens)]
+        scales = word_scales(stack, layer, tile)
+        return [backend.fma(scales, one, total) for one, total in zip(inner, sums, strict=True)]
 
-    sums = [[jnp.zeros((rows, words), jnp.float32)] * tokens for _ in stacks]
+    sums = [jnp.zeros((rows, words), jnp.float32)] * tokens
     if steps == 1:
         return step(jnp.int32(0), sums)
     return jax.lax.fori_loop(0, steps, lambda i, sums: step(i * words, sums), sums)

@@ -1,6 +1,6 @@
 """Linears that share a few tokens, over NF4 weights with low-rank adapters, for decoding text: one launch for all.
 
-    y_i = x W_i^T + scale_i (x A_i^T) B_i^T + bias_i                 and with an activation     act(y_0) * y_1
+    y_i = x W_i^T + scale_i (x A_i^T) B_i^T + bias_i
 
 The low-rank product x A_i^T is rounded to x's dtype, the rest is summed in float32 and rounded once. There is no
 gradient: `lora_linear`, `lora_qkv` and `lora_mlp` run this where nothing is differentiated. Kernels: nf4_kernels.py.
@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import backend, nf4, nf4_kernels
-from pallas_kernels.gated_activation import gated_activation
 from pallas_kernels.op import Case, Choice, Implementation, Op, normal, register
 from pallas_kernels.precision import einsum_float32
 
@@ -28,10 +27,9 @@ def nf4_linears(
     x: jax.Array,
     linears: Sequence[Any],
     *,
-    activation: str | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Returns y_i [..., out_i] of every linear, in x's dtype; with an `activation` one array, act(y_0) * y_1.
+    """Returns y_i [..., out_i] of every linear, in x's dtype.
 
     >>> import jax, jax.numpy as jnp
     >>> from pallas_kernels import LoraWeights, nf4, nf4_linears
@@ -44,17 +42,12 @@ def nf4_linears(
     Args:
       x: [..., in], float32, bfloat16 or float16.
       linears: `LoraWeights` whose weight has a method `nf4_arguments`: the arguments of `nf4.dequantize`.
-      activation: of `gated_activation`, for two linears of one shape.
       implementation: "xla", "pallas" or None.
 
     Raises:
-      ValueError: there is an activation and not two linears of one shape.
       ImplementationError: the named implementation does not exist or cannot run these arguments.
     """
-    if activation and (len(linears) != 2 or _rows(linears[0]) != _rows(linears[1])):
-        rows = [_rows(linear) for linear in linears]
-        raise ValueError(f"nf4_linears: an activation needs two linears of one size, not of {rows} rows")
-    return NF4_LINEARS(x, tuple(linears), activation=activation, implementation=implementation)
+    return NF4_LINEARS(x, tuple(linears), implementation=implementation)
 
 
 def takes(x: jax.Array, linears: Sequence[Any]) -> bool:
@@ -84,15 +77,11 @@ def _stacked(linear: Any) -> tuple[Any, ...]:
     return linear.lora_A.stack, linear.lora_B.stack, linear.lora_A.layer.reshape(1)
 
 
-def _rows(linear: Any) -> int:
-    return linear.weight.nf4_arguments()["codes"].shape[-2]
-
-
 def _flat(x: jax.Array) -> jax.Array:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _reference(x: jax.Array, linears: Sequence[Any], *, activation: str | None = None) -> tuple[jax.Array, ...]:
+def _reference(x: jax.Array, linears: Sequence[Any]) -> tuple[jax.Array, ...]:
     found = []
     for linear in plain(tuple(linears)):
         weight = nf4.dequantize(**linear.weight.nf4_arguments(), dtype=x.dtype, implementation="xla")
@@ -103,16 +92,13 @@ def _reference(x: jax.Array, linears: Sequence[Any], *, activation: str | None =
         if linear.bias is not None:
             y += jnp.broadcast_to(linear.bias.astype(jnp.float32), y.shape)
         found.append(y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1]))
-    if activation is None:
-        return tuple(found)
-    return (gated_activation(*found, activation=activation, implementation="xla"),)
+    return tuple(found)
 
 
 def _pallas(
     x: jax.Array,
     linears: Sequence[Any],
     *,
-    activation: str | None = None,
     tiling: nf4_kernels.Tiling | None = None,
 ) -> tuple[jax.Array, ...]:
     parts, formats = [], []
@@ -122,7 +108,7 @@ def _pallas(
         lora_A, lora_B, layer = _stacked(linear)
         parts.append(nf4_kernels.Linear(nf4.as_stack(**arguments), lora_A, lora_B, layer, linear.bias))
     scales = [linear.scale for linear in linears]
-    found = nf4_kernels.linears(_flat(x), parts, scales, formats[0], activation=activation, tiling=tiling)
+    found = nf4_kernels.linears(_flat(x), parts, scales, formats[0], tiling=tiling)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in found)
 
 
@@ -162,7 +148,6 @@ def _case(
     size_in: int,
     parts: tuple[tuple[int, int | None, bool], ...],
     *,
-    activation: str | None = None,
     layers: int | None = None,
 ) -> Case:
     """`parts`: rows, rank and whether there is a bias, of each linear."""
@@ -183,7 +168,7 @@ def _case(
             )
 
         x = normal(rng, (tokens, size_in), dtype)
-        return {"x": x, "linears": tuple(linear(*part) for part in parts), "activation": activation}
+        return {"x": x, "linears": tuple(linear(*part) for part in parts)}
 
     return Case(name, make, reduction=max(size_in, *(rows for rows, *_ in parts)))
 
@@ -197,7 +182,7 @@ NF4_LINEARS = register(
         rank=_rank,
         cases=(
             _case("one token, of a stack", 1, 128, ((4, 3, False), (2, None, True)), layers=2),
-            _case("gated, columns not whole tiles", 3, 328, ((10, 3, True), (10, None, False)), activation="silu"),
+            _case("columns not whole tiles", 3, 328, ((10, 3, True), (10, None, False))),
             _case("several tiles of columns", 2, 2112, ((5, 5, True), (3, 17, False))),
         ),
         roundings=4,

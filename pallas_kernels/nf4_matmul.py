@@ -164,7 +164,6 @@ def tensor_core_call(
     words: int | None = None,
     splits: int | None = None,
     num_warps: int = 4,
-    num_stages: int | None = None,
 ) -> jax.Array:
     """x [M, in] -> [M, out]; a program makes [rows, a block of tokens], 8 products of depth `words` at a time.
 
@@ -185,7 +184,6 @@ def tensor_core_call(
         out=jax.ShapeDtypeStruct((splits, tokens, out), x.dtype if splits == 1 else jnp.float32),
         grid=(-(-out // rows), -(-tokens // block), splits),
         num_warps=num_warps,
-        num_stages=num_stages,
         rows=rows,
         words=words,
         block=block,

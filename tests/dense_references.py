@@ -185,14 +185,13 @@ def nf4_matmul(x, codes, absmax, nested_absmax, nested_offset, layer):
     return x @ nf4_dequantize(codes, absmax, nested_absmax, nested_offset, layer, x.dtype).T
 
 
-def nf4_linears(x, linears, activation):
+def nf4_linears(x, linears):
     def one(weight, bias, lora_A, lora_B, scale, *_):
         y = nf4_matmul(x, *weight[:5])
         y = y if lora_A is None else y + scale * x @ lora_A.T @ lora_B.T
         return y if bias is None else y + bias[None]
 
-    found = tuple(one(*linear) for linear in linears)
-    return found if activation is None else (gated_activation(*found, activation=activation),)
+    return tuple(one(*linear) for linear in linears)
 
 
 def adamw_8bit(parameter, gradient, step, learning_rate, b1, b2, eps, weight_decay, **state):
