@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,35 +27,36 @@ IGNORED_FIELDS = frozenset(
     )
 )  # fmt: skip
 
+# Of transformers' classes, where a family's has no other.
+_DEFAULTS = {"rope_theta": 10_000.0}
+
 
 class ConfigReader:
-    """Reads an HF config so that no field goes unnoticed: each is taken, ignorable, at its default, or refused."""
+    """Reads an HF config so that no field goes unnoticed: each is taken, ignorable, at its default, or refused.
 
-    def __init__(self, config: dict[str, Any], where: object) -> None:
+    Args:
+      config: as config.json has it.
+      where: what errors name.
+      defaults: of fields that are missing, as of `ArchSpec`; a null in `config` stays one.
+    """
+
+    def __init__(self, config: dict[str, Any], where: object, defaults: Mapping[str, Any] | None = None) -> None:
         self._left = {k: v for k, v in config.items() if k not in IGNORED_FIELDS}
         self._where = where
+        self._defaults = defaults or {}
 
     def take(self, name: str, default: Any = dataclasses.MISSING) -> Any:
-        """The field's value, or `default` where it is missing or null (no default: it must be there)."""
-        value = self._left.pop(name, None)
+        """The field's value; where it is null, or missing and not among `defaults`: `default` (none: it is refused)."""
+        value = self._left.pop(name, self._defaults.get(name))
         if value is None:
             if default is dataclasses.MISSING:
-                raise JaxftError(f"{self._where}, field {name}", "is missing")
+                raise JaxftError(f"{self._where}, field {name}", "is missing or null")
             return default
         return value
 
-    def take_nullable(self, name: str, default: Any) -> Any:
-        """The field's value, None where it is null; `default` only where it is missing."""
-        return self._left.pop(name, default)
-
     def peek(self, name: str) -> Any:
         """The field's value, which is left for whoever takes it; None where it is missing."""
-        return self._left.get(name)
-
-    def default(self, value: Any, *names: str) -> None:
-        """What the first of these fields is where none of them says anything."""
-        if all(self._left.get(name) is None for name in names):
-            self._left[names[0]] = value
+        return self._left.get(name, self._defaults.get(name))
 
     def refuse(self, name: str, value: Any, supported: str) -> JaxftError:
         """The error for a value that is known to HF but not implemented here."""
@@ -185,6 +186,8 @@ class ArchSpec:
       read_config: reads a ConfigReader into a DecoderConfig; must consume every field.
       gguf: None when GGUF cannot hold this architecture.
       models: what it covers, in words.
+      defaults: what fields of config.json are that it leaves out, where transformers' class says more than that there
+        is no such thing.
       layout: how the tensors of an HF checkpoint differ from the decoder's.
       expert_parameters: how transformers' class holds the experts' weights, which peft's target_parameters name, in the
         class's order.
@@ -196,13 +199,14 @@ class ArchSpec:
     read_config: Callable[[ConfigReader], DecoderConfig]
     gguf: GGUFArch | None
     models: str
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layout: tuple[LayoutOp, ...] = ()
     expert_parameters: tuple[StackExperts, ...] = ()
     no_greedy: tuple[RopeKind, ...] = ()
 
     def decoder_config(self, config: dict[str, Any], where: object) -> DecoderConfig:
         """The DecoderConfig of an HF config dict; raises JaxftError on any field that is not understood."""
-        reader = ConfigReader(config, where)
+        reader = ConfigReader(config, where, {**_DEFAULTS, **self.defaults})
         try:
             result = self.read_config(reader)
             hash(result)  # a list or an object where there should be one value

@@ -21,8 +21,6 @@ def read_common(
     *,
     activation: str = "hidden_act",
     eps: str = "rms_norm_eps",
-    tied: bool = False,
-    theta: float = 10000.0,
     interleaved: bool = False,
 ) -> dict[str, Any]:
     """The fields of DecoderConfig that nearly every family has.
@@ -30,7 +28,6 @@ def read_common(
     Args:
       reader: of the model's config.
       activation, eps: how the family spells those.
-      tied, theta: the family's defaults, for what its config may leave out.
       interleaved: as of `RopeConfig`.
     """
     hidden, heads = reader.take("hidden_size"), reader.take("num_attention_heads")
@@ -47,8 +44,8 @@ def read_common(
         "max_position_embeddings": longest,
         "hidden_act": reader.take(activation),
         "rms_norm_eps": reader.take(eps),
-        "tie_word_embeddings": reader.take("tie_word_embeddings", tied),
-        "rope": read_rope(reader, longest, default_theta=theta, interleaved=interleaved),
+        "tie_word_embeddings": reader.take("tie_word_embeddings", False),
+        "rope": read_rope(reader, longest, interleaved=interleaved),
     }
 
 

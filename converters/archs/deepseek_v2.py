@@ -27,6 +27,7 @@ DEEPSEEK_V2 = ArchSpec(
     read_config=_read_config,
     gguf=None,
     models="DeepSeek-V2, DeepSeek-V2-Lite, DeepSeek-Coder-V2",
+    defaults={"q_lora_rank": 1536},
     layout=(SHARED_EXPERTS,),
     expert_parameters=EXPERT_PARAMETERS,
 )

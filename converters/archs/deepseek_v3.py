@@ -32,6 +32,13 @@ DEEPSEEK_V3 = ArchSpec(
     read_config=_read_config,
     gguf=None,
     models="DeepSeek-V3 and R1 (in 16 bits, without multi-token prediction), Moonlight",
+    defaults={
+        "q_lora_rank": 1536,
+        "n_group": 8,
+        "topk_group": 4,
+        "first_k_dense_replace": 3,
+        "routed_scaling_factor": 2.5,
+    },
     layout=(SHARED_EXPERTS,),
     expert_parameters=EXPERT_PARAMETERS,
 )

@@ -20,6 +20,8 @@ EXPERT_PARAMETERS = (
     StackExperts("mlp.experts.down_proj", ("mlp.experts.{}.down_proj.weight",), (0, 1, 2, 3)),
 )
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
 # Fields of MoEConfig, and of HF's configs -> keys.
 WIDTHS = {
     "moe_intermediate_size": "expert_feed_forward_length",
@@ -27,20 +29,20 @@ WIDTHS = {
 }
 
 
-def read_moe(reader: ConfigReader, *, experts: str = "num_experts", aux_loss: float = 0.001, **facts: Any) -> MoEConfig:
+def read_moe(reader: ConfigReader, *, experts: str = "num_experts", **facts: Any) -> MoEConfig:
     """The experts of a config.
 
     Args:
       reader: of the model's config.
-      experts: how the family spells their number.
-      aux_loss: the family's default of `router_aux_loss_coef`.
+      experts: how the family spells their number; transformers writes some families' under another's name.
       **facts: the other fields of MoEConfig.
     """
     reader.take("output_router_logits", False)  # whether a forward pass returns them
+    spelling = next((name for name in (experts, *_EXPERTS) if reader.peek(name) is not None), experts)
     return MoEConfig(
-        num_experts=reader.take(experts),
+        num_experts=reader.take(spelling),
         num_experts_per_tok=reader.take("num_experts_per_tok"),
-        router_aux_loss_coef=float(reader.take("router_aux_loss_coef", aux_loss)),
+        router_aux_loss_coef=float(reader.take("router_aux_loss_coef", 0.0)),
         **facts,
     )
 
