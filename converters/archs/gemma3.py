@@ -24,6 +24,7 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     local = {"rope_theta": reader.take("rope_local_base_freq", 10_000.0)}
     fields = gemma_fields(reader, period)
     longest = fields["max_position_embeddings"]
+    fields["attention_soft_cap"] = None  # transformers' class has Gemma 2's field, and does not look at it
     fields["rope"] = rope_of(nested.get("full_attention") or scaling, outer, longest)
     return DecoderConfig(
         **fields, qk_norm="head", local_rope=rope_of(nested.get("sliding_attention") or {}, local, longest)
