@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from converters.expert_layout import StackExperts
-from converters.layout import Layout, LayoutOp, layout_of
+from converters.layout import Layout, LayoutOp, Shape, layout_of
 from converters.tensor_ops import TensorOp
 from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig, RopeKind
@@ -79,6 +79,10 @@ class ConfigReader:
             )
 
 
+# llama.cpp's numbers for what makes scores of a router's logits.
+GATING = {"softmax": 1, "sigmoid": 2}
+
+
 class MetadataReader:
     """Reads an architecture's keys of a GGUF file so that none goes unnoticed, as ConfigReader does for config.json.
 
@@ -97,6 +101,20 @@ class MetadataReader:
         value = self._take(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise self._refuse(key, f"must be a positive integer, not {value!r}")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """An integer that may be 0."""
+        value = self._take(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise self._refuse(key, f"must be an integer, and not negative: {value!r}")
+        return value
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        """True or false."""
+        value = self._take(key, default)
+        if not isinstance(value, bool):
+            raise self._refuse(key, f"must be true or false, not {value!r}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -153,6 +171,9 @@ class GGUFArch:
         raises JaxftError for a fact that llama.cpp's implementation of the architecture does not have.
       tensor_ops: reversible changes from HF tensors to GGUF's; none for most tensors.
       experts: it is the architecture with experts, where llama.cpp has one name for both.
+      gating: `expert_gating_func`, where llama.cpp has one name for architectures that differ by it.
+      layout: how the tensors of a file differ from those of an HF checkpoint, which are the decoder's side of the ops.
+      no_adapters: linears that llama.cpp's graph multiplies without a LoRA adapter, as their names end.
     """
 
     name: str
@@ -160,6 +181,19 @@ class GGUFArch:
     write_metadata: Callable[[DecoderConfig], dict[str, int | float | str]]
     tensor_ops: tuple[TensorOp, ...] = ()
     experts: bool = False
+    gating: int | None = None
+    layout: Callable[[DecoderConfig], Sequence[LayoutOp]] = lambda config: ()
+    no_adapters: tuple[str, ...] = ()
+
+    def describes(self, metadata: Mapping[str, Any]) -> bool:
+        """Whether a file of this name is of this architecture."""
+        experts = bool(metadata.get(f"{self.name}.expert_count"))
+        gating = metadata.get(f"{self.name}.expert_gating_func", GATING["softmax"])
+        return experts == self.experts and self.gating in (None, gating)
+
+    def in_file(self, hf_shapes: Mapping[str, Shape], config: DecoderConfig) -> Layout:
+        """Of HF's tensors, here `decoder`, and a file's, `hf`: those have HF's names, or what would be theirs."""
+        return layout_of(hf_shapes, self.layout(config))
 
     def to_gguf(self, name: str, array: np.ndarray, config: dict[str, Any]) -> np.ndarray:
         """The HF tensor `name` as GGUF stores it; `config` is the HF config."""

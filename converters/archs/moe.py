@@ -74,12 +74,16 @@ def read_moe_gguf(
 _SAID = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "router_aux_loss_coef")
 
 
-def write_moe_gguf(config: DecoderConfig, *, widths: Collection[str] = (), **graph: Any) -> dict[str, int]:
+def write_moe_gguf(
+    config: DecoderConfig, *, widths: Collection[str] = (), said: Collection[str] = (), dense: int = 0, **graph: Any
+) -> dict[str, int]:
     """The keys of experts, after a check that llama.cpp's graph of the architecture has everything else.
 
     Args:
       config: the decoder's facts.
       widths: fields of `WIDTHS` that the architecture's files have.
+      said: fields of MoEConfig that the architecture's own keys, or its tensors, say.
+      dense: how many layers there are without experts, all before the others.
       **graph: the values of fields of MoEConfig that it fixes; others must have the default.
 
     Raises:
@@ -88,9 +92,10 @@ def write_moe_gguf(config: DecoderConfig, *, widths: Collection[str] = (), **gra
     moe = config.moe
     assert moe is not None
     for field in dataclasses.fields(moe):
-        if field.name not in (*_SAID, *widths):
+        if field.name not in (*_SAID, *widths, *said):
             check_fact(field.name, getattr(moe, field.name), (graph.get(field.name, field.default),))
-    check_fact("mlp_layer_types", config.mlp_layer_types, (("sparse",) * config.num_hidden_layers,))
+    kinds = ("dense",) * dense + ("sparse",) * (config.num_hidden_layers - dense)
+    check_fact("mlp_layer_types", config.mlp_layer_types, (kinds,))
     return {
         "expert_count": moe.num_experts,
         "expert_used_count": moe.num_experts_per_tok,
