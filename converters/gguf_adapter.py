@@ -61,7 +61,7 @@ def write_gguf_adapter(
     if quantization not in TYPES:
         raise JaxftError(f"type {quantization!r}", f"is not one of an adapter ({', '.join(TYPES)})")
     arch = architecture_of(arch_of(base.config.get("model_type"), base.where), base.where)
-    _check_that_it_fits(adapter, base)
+    _check_that_it_fits(adapter, base, arch)
     names = _names(base, arch)
     alphas = {module: scale_of(adapter, module) * rank_of(adapter, module) for module in adapter.modules}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
@@ -77,13 +77,16 @@ def write_gguf_adapter(
     return path
 
 
-def _check_that_it_fits(adapter: Adapter, base: Checkpoint) -> None:
+def _check_that_it_fits(adapter: Adapter, base: Checkpoint, arch: GGUFArch) -> None:
     MergedCheckpoint(base, adapter)
     problems = [name for name in adapter.tensors if name in adapter.whole or name.endswith("lora_magnitude_vector")]
     tied = {_EMBEDDING, HEAD.removesuffix(".weight")} if HEAD not in base.tensors else set()
     problems += [f"{module} (head and embedding are one)" for module in adapter.modules if module in tied]
     known = _linears(base)
     problems += [f"{module} (of experts)" for module in adapter.modules if f"{module}.weight" not in known]
+    problems += [
+        f"{module} (not in this architecture)" for module in adapter.modules if module.endswith(arch.no_adapters)
+    ]
     if problems:
         raise JaxftError(
             "adapter",

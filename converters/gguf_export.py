@@ -114,12 +114,12 @@ def _plan(
 ) -> list[_Tensor]:
     """What is written, in the checkpoint's order; a stored copy of a tied head or computed buffers are left out."""
     names = [name for name in checkpoint.tensors if name in layout.hf]
-    found = gguf_tensors(names, layout, arch.name, config.num_hidden_layers)
+    found = gguf_tensors(names, layout, arch, config)
     queries_per_key = config.num_attention_heads // config.num_key_value_heads
     n_experts = config.moe.num_experts if config.moe else 0
     facts = ModelFacts(config.num_hidden_layers, queries_per_key, importance is not None, n_experts)
     choices = choose_types(mix, {tensor.name: tensor.shape for tensor in found}, facts)
-    stored = {tensor.name for tensor in found if _held_in_mxfp4(checkpoint, tensor.parts[0]) is not None}
+    stored = {tensor.name for tensor in found if tensor.experts and _held_in_mxfp4(checkpoint, tensor.experts[0])}
     choices |= dict.fromkeys(stored, Choice(GGMLQuantizationType.MXFP4, GGMLQuantizationType.MXFP4))
     _warn_of_other_types(mix, choices.values())
     tensors = []
@@ -200,18 +200,18 @@ def _write(
 def _encoded(checkpoint: Checkpoint, layout: Layout, arch: GGUFArch, tensor: _Tensor) -> np.ndarray:
     """The tensor's bytes; experts are encoded one by one, so that no more than one is held in float32."""
     where = f"{checkpoint.where}, tensor {tensor.of.hf_name}"
-    if not tensor.of.of_experts:
-        array = arch.to_gguf(tensor.of.hf_name, checkpoint.read(tensor.of.hf_name), checkpoint.config)
+    if not tensor.of.experts:
+        array = arch.to_gguf(tensor.of.hf_name, tensor.of.source.read(checkpoint.read), checkpoint.config)
         return encode(array, tensor.type, tensor.importance, where)
     if tensor.as_stored:
-        weights = (_held_in_mxfp4(checkpoint, part) for part in tensor.of.parts)
+        weights = (_held_in_mxfp4(checkpoint, part) for part in tensor.of.experts)
         return np.stack([to_blocks(weight) for weight in weights if weight is not None])
     read = functools.cache(checkpoint.read)  # HF may hold all experts in one tensor
-    importance = tensor.importance if tensor.importance is not None else [None] * len(tensor.of.parts)
+    importance = tensor.importance if tensor.importance is not None else [None] * len(tensor.of.experts)
     return np.stack(
         [
             encode(layout.decoder[part].read(read), tensor.type, known, where)
-            for part, known in zip(tensor.of.parts, importance, strict=True)
+            for part, known in zip(tensor.of.experts, importance, strict=True)
         ]
     )
 

@@ -19,6 +19,7 @@ from converters.gguf_mxfp4 import from_blocks
 from converters.gguf_tensors import gguf_tensors, is_expert, without_single_rows
 from converters.gguf_tokenizer import read_tokenizer, special_token_ids
 from jaxft.errors import JaxftError
+from jaxft.models.config import DecoderConfig
 from jaxft.quant import MXFP4Tensor
 
 if TYPE_CHECKING:
@@ -68,8 +69,14 @@ class GGUFCheckpoint:
         self.config = self._read_config(header.tensors)
         config = self._spec.decoder_config(self.config, self.where)
         self._layout = self._spec.tensors(config)
-        self._entries = self._by_part(header.tensors, config.num_hidden_layers)
-        whole_of = {part: name for name, source in self._layout.hf.items() for part in source.names}
+        self._in_file = self._arch.in_file(self._layout.hf_shapes, config)
+        self._entries = self._by_part(header.tensors, config)
+        whole_of = {
+            part: name
+            for side in (self._layout.hf, self._in_file.decoder)
+            for name, s in side.items()
+            for part in s.names
+        }
         self.tensors = {
             whole_of[part]: TensorInfo(
                 self._layout.hf[whole_of[part]].shape, _STORED.get(entry.type, np.dtype(np.float32))
@@ -94,11 +101,14 @@ class GGUFCheckpoint:
 
         The rows of q and k come in HF's order.
         """
-        parts = self._layout.hf[name].names
-        if is_expert(parts[0]):
+        if is_expert(self._layout.hf[name].names[0]):
             return self._layout.hf[name].read(lambda part: read_entry(self._path, self._entries[part]))
-        array = read_entry(self._path, self._entries[parts[0]]).reshape(self._layout.hf[name].shape)
-        return np.ascontiguousarray(self._arch.from_gguf(name, array, self.config))
+        return np.ascontiguousarray(self._in_file.decoder[name].read(self._read_from_file))
+
+    def _read_from_file(self, name: str) -> np.ndarray:
+        """One tensor of the file, under HF's name for it."""
+        array = read_entry(self._path, self._entries[name]).reshape(self._in_file.hf[name].shape)
+        return self._arch.from_gguf(name, array, self.config)
 
     def expert(self, name: str) -> MXFP4Tensor | None:
         """The decoder's weight of that name as it is stored, of numpy arrays; None where it is not in MXFP4."""
@@ -143,11 +153,11 @@ class GGUFCheckpoint:
             }
         return config
 
-    def _by_part(self, entries: dict[str, TensorEntry], n_layers: int) -> dict[str, TensorEntry]:
-        """The place of each of the decoder's tensors, in the file's order; parts of one whole have the same."""
-        expected = {t.name: t for t in gguf_tensors(self._layout.hf, self._layout, self._arch.name, n_layers)}
+    def _by_part(self, entries: dict[str, TensorEntry], config: DecoderConfig) -> dict[str, TensorEntry]:
+        """HF's name of each tensor -> its place, in the file's order; of experts, the decoder's name of each."""
+        expected = {t.name: t for t in gguf_tensors(self._layout.hf, self._layout, self._arch, config)}
         weights = {
-            name: entry.shape if name in expected and expected[name].of_experts else without_single_rows(entry.shape)
+            name: entry.shape if name in expected and expected[name].experts else without_single_rows(entry.shape)
             for name, entry in entries.items()
             if name not in (FREQUENCIES, *FACTORS.values())
         }
@@ -155,8 +165,10 @@ class GGUFCheckpoint:
         found: dict[str, TensorEntry] = {}
         for name in weights:
             tensor = expected[name]
-            places = _experts(entries[name]) if tensor.of_experts else [entries[name]] * len(tensor.parts)
-            found |= dict(zip(tensor.parts, places, strict=True))
+            if tensor.experts:
+                found |= dict(zip(tensor.experts, _experts(entries[name]), strict=True))
+            else:
+                found[tensor.hf_name] = entries[name]
         return found
 
 
@@ -170,9 +182,8 @@ def _architecture(metadata: dict[str, Any], where: object) -> tuple[ArchSpec, GG
             f"{name!r} is not supported (supported: {', '.join(sorted({arch.name for _, arch in known}))})",
             "CONTRIBUTING.md has the recipe for a new architecture",
         )
-    # One graph of llama.cpp may be several of HF's classes, with experts and without.
-    experts = bool(metadata.get(f"{name}.expert_count"))
-    return next((each for each in found if each[1].experts == experts), found[0])
+    # One graph of llama.cpp may be several of HF's classes.
+    return next((each for each in found if each[1].describes(metadata)), found[0])
 
 
 def _experts(entry: TensorEntry) -> list[TensorEntry]:

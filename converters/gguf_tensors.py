@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import gguf
 
-from converters.layout import Layout, Shape
+from converters.archs.base import GGUFArch
+from converters.layout import Layout, Shape, Source
 from jaxft.errors import JaxftError
+from jaxft.models.config import DecoderConfig
 
 _ARCHS = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -20,45 +22,43 @@ class GGUFTensor(NamedTuple):
 
     Attributes:
       name: in the file.
-      hf_name: the HF tensor that it is; of experts, the decoder's name without the expert's number.
+      hf_name: the HF tensor that it is; of experts, the decoder's name without the expert's number; what HF would call
+        it where it is made of others.
       shape: [...], or [E, ...] of experts; a matrix of one row is a vector.
-      parts: the decoder's tensors in it; of experts, one each, in their order.
-      of_experts: the parts are stacked.
+      source: how it is made of HF's tensors; not of experts.
+      experts: the decoder's tensors that are stacked in it, in their order; none where it is not of experts.
     """
 
     name: str
     hf_name: str
     shape: Shape
-    parts: tuple[str, ...]
-    of_experts: bool
+    source: Source
+    experts: tuple[str, ...]
 
 
-def gguf_tensors(hf_names: Iterable[str], layout: Layout, arch: str, n_layers: int) -> list[GGUFTensor]:
+def gguf_tensors(hf_names: Iterable[str], layout: Layout, arch: GGUFArch, config: DecoderConfig) -> list[GGUFTensor]:
     """The file's tensors that hold these HF tensors, in their order.
 
     Raises:
       JaxftError: GGUF has no name for some of them; all are listed.
     """
     experts: dict[str, list[str]] = {}
-    found: dict[str, tuple[str, ...]] = {}
+    found: dict[str, Source] = {}
+    in_file = arch.in_file(layout.hf_shapes, config)
     for hf_name in hf_names:
-        parts = layout.hf[hf_name].names
-        for part in parts:
+        for part in layout.hf[hf_name].names:
             stacked = _EXPERT.sub(".experts.", part)
             if stacked == part:
-                found[hf_name] = parts
+                found |= {name: in_file.hf[name] for name in in_file.decoder[hf_name].names}
             else:
                 experts.setdefault(stacked, []).append(part)
-                found[stacked] = ()
-    names = gguf_names(found, arch, n_layers)
+                found[stacked] = layout.decoder[part]
+    names = gguf_names(found, arch.name, config.num_hidden_layers)
     tensors = []
-    for hf_name, parts in found.items():
-        if hf_name in experts:
-            parts = tuple(sorted(experts[hf_name], key=_number))
-            shape = (len(parts), *layout.decoder[parts[0]].shape)
-        else:
-            shape = without_single_rows(layout.hf[hf_name].shape)
-        tensors.append(GGUFTensor(names[hf_name], hf_name, shape, parts, hf_name in experts))
+    for hf_name, source in found.items():
+        parts = tuple(sorted(experts.get(hf_name, ()), key=_number))
+        shape = (len(parts), *source.shape) if parts else without_single_rows(source.shape)
+        tensors.append(GGUFTensor(names[hf_name], hf_name, shape, source, parts))
     return tensors
 
 
@@ -69,12 +69,17 @@ def gguf_names(hf_names: Iterable[str], arch: str, n_layers: int) -> dict[str, s
       JaxftError: GGUF has no name for some of them; all are listed.
     """
     name_map = gguf.get_tensor_name_map(_ARCHS[arch], n_layers)
-    found = {name: name_map.get_name(name, try_suffixes=(".weight", ".bias")) for name in hf_names}
+    found = {name: name_map.get_name(_as_module(name), try_suffixes=(".weight", ".bias")) for name in hf_names}
     unnamed = [name for name, gguf_name in found.items() if gguf_name is None]
     if unnamed:
         raise JaxftError(f"GGUF architecture {arch}", f"has no name for the tensors {', '.join(unnamed)}")
     # What is a bare parameter in HF is a weight there.
     return {name: n if n.endswith((".weight", ".bias")) else f"{n}.weight" for name, n in found.items() if n}
+
+
+def _as_module(name: str) -> str:
+    """A bare parameter that is a bias, as the bias of a module."""
+    return name.removesuffix("_bias") + ".bias" if name.endswith("_bias") else name
 
 
 def without_single_rows(shape: Shape) -> Shape:

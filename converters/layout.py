@@ -96,6 +96,51 @@ class Fuse:
         return to_hf, to_decoder
 
 
+@dataclasses.dataclass(frozen=True)
+class SplitHeads:
+    """One side has the heads of keys and values in turn in one linear, the other two stacks, that of keys transposed.
+
+    [N (k + v), in] is [N, in, k] and [N, v, in] there.
+
+    Attributes:
+      whole: the name of the linear on the side of `shapes`, as it ends.
+      keys, values: those of the stacks.
+      heads: N.
+      key_dim: k.
+    """
+
+    whole: str
+    keys: str
+    values: str
+    heads: int
+    key_dim: int
+
+    def sources(self, shapes: Mapping[str, Shape]) -> tuple[dict[str, Source], dict[str, Source]]:
+        """Of weights."""
+        to_stacks: dict[str, Source] = {}
+        to_whole: dict[str, Source] = {}
+        for name, (rows, *inputs) in shapes.items():
+            if name.endswith(self.whole):
+                keys, values = (name.removesuffix(self.whole) + part for part in (self.keys, self.values))
+                value_dim = rows // self.heads - self.key_dim
+                to_stacks[keys] = Source((self.heads, *inputs, self.key_dim), (name,), self._keys_of)
+                to_stacks[values] = Source((self.heads, value_dim, *inputs), (name,), self._values_of)
+                to_whole[name] = Source((rows, *inputs), (keys, values), self._join)
+        return to_stacks, to_whole
+
+    def _keys_of(self, array: np.ndarray) -> np.ndarray:
+        return self._by_head(array)[:, : self.key_dim].swapaxes(1, 2)
+
+    def _values_of(self, array: np.ndarray) -> np.ndarray:
+        return self._by_head(array)[:, self.key_dim :]
+
+    def _by_head(self, array: np.ndarray) -> np.ndarray:
+        return array.reshape(self.heads, -1, array.shape[-1])
+
+    def _join(self, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+        return np.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(-1, values.shape[-1])
+
+
 def _one_under_the_other(*arrays: np.ndarray) -> np.ndarray:
     return np.concatenate(arrays)
 

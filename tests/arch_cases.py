@@ -235,7 +235,7 @@ def arch_config(family: str, case: str) -> dict[str, Any]:
         config = {name: value for name, value in config.items() if name in given or name not in _LLAMAS_OWN}
         config |= {"model_type": family, "architectures": [_architecture(family)]}
     # These nulls say that there is no such thing; that of other fields, that the case does not have the field.
-    said = ("q_lora_rank", "attn_logit_softcapping", "final_logit_softcapping")
+    said = ("q_lora_rank", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
     return {name: value for name, value in config.items() if value is not None or name in said}
 
 
@@ -274,8 +274,11 @@ GGUF_CASES = {
         ("olmoe", "experts"),
         ("olmoe", "normed"),
         ("gpt_oss", "three layers, tight clamp"),
+        ("deepseek_v2", "groups, yarn"),
+        ("deepseek_v2", "greedy, q of the token, biases"),
+        ("deepseek_v3", "groups, yarn"),
+        ("deepseek_v3", "halves, q of the token, all sparse"),
     }
-    and not family.startswith("deepseek")
 }
 EVERY_CASE = [(family, case) for family, cases in CASES.items() for case in cases]
 

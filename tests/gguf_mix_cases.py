@@ -36,9 +36,9 @@ def shapes_and_facts(fields: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]]
     """GGUF name -> shape of the model's tensors, and what else decides about their types."""
     config = mix_config(**fields)
     spec = ARCHS[config["model_type"]]
-    layout = spec.tensors(spec.decoder_config(config, "test"))
+    decoder = spec.decoder_config(config, "test")
     assert spec.gguf is not None
-    tensors = gguf_tensors(tensor_shapes(config), layout, spec.gguf.name, config["num_hidden_layers"])
+    tensors = gguf_tensors(tensor_shapes(config), spec.tensors(decoder), spec.gguf, decoder)
     queries_per_key = config["num_attention_heads"] // config["num_key_value_heads"]
     experts = config.get("num_local_experts", config.get("num_experts", 0))
     facts = ModelFacts(config["num_hidden_layers"], queries_per_key, n_experts=experts)

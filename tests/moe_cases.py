@@ -91,12 +91,23 @@ MOE_CASES: dict[str, dict[str, dict[str, Any]]] = {
             **_DEEPSEEK, "q_lora_rank": None, "attention_bias": True, "n_shared_experts": 2, "num_hidden_layers": 3,
             "topk_method": "greedy",
         },
+        "yarn of one scale": {
+            **_DEEPSEEK, "rms_norm_eps": 1e-6, "rope_scaling": {**_DEEPSEEK_YARN, "mscale_all_dim": 0.707},
+        },
+        "q of the token, tied": {
+            **_DEEPSEEK, "rms_norm_eps": 1e-6, "q_lora_rank": None, "n_shared_experts": 2, "tie_word_embeddings": True,
+            "first_k_dense_replace": 0,
+        },
     },
     "deepseek_v3": {
         "groups, yarn": {**_DEEPSEEK, "n_group": 3, "topk_group": 2, "rope_scaling": _DEEPSEEK_YARN},
         "halves, q of the token, all sparse": {
             **_DEEPSEEK, "q_lora_rank": None, "attention_bias": True, "rope_interleave": False, "n_group": 1,
             "topk_group": 1, "norm_topk_prob": False, "first_k_dense_replace": 0, "tie_word_embeddings": True,
+        },
+        "yarn of one scale, groups": {
+            **_DEEPSEEK, "rms_norm_eps": 1e-6, "n_group": 3, "topk_group": 2, "num_hidden_layers": 3,
+            "rope_scaling": {**_DEEPSEEK_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
     },
 }  # fmt: skip

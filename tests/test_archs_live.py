@@ -23,6 +23,7 @@ from jaxft import FastLanguageModel
 from jaxft.errors import JaxftError
 from jaxft.fetch import Pinned
 from jaxft.generate import generate
+from jaxft.models.decoder import Decoder
 from language_models import rms
 from llamacpp import LlamaCpp
 from models import batch_of, decoder_of, hf_gradients, hidden_states, plain_examples, relative_l2, through_cache
@@ -47,6 +48,28 @@ def llama(unpacked: Callable[[Pinned], Path]) -> LlamaCpp:
     return LlamaCpp(unpacked(LLAMA_CPP), unpacked(LLAMA_CPP_DECLARATIONS))
 
 
+def compare_gradients_and_logits(
+    decoder: Decoder, model: Any, config: dict[str, Any], ids: np.ndarray, rows: list[list[int]]
+) -> None:
+    """Of the documents `ids` [B, T] laid out in `rows`, with torch's `model` of the same tensors."""
+    from vectors import torch_reference
+
+    expected = torch_reference.logits(model, ids)
+    batch = batch_of(plain_examples(ids), rows, ids.size // len(rows))
+    gradients, logits = loss_and_logits(decoder, batch)
+    np.testing.assert_allclose(logits.reshape(expected.shape), expected, atol=TOLERANCE, rtol=TOLERANCE)
+    theirs = torch_reference.all_gradients(model, ids)
+    # A bias that all keys of a layer without positions have cannot change the loss: rounding is all that both have.
+    rounding = 1e-6 * max(map(np.linalg.norm, theirs.values()))
+    for name, gradient in hf_gradients(gradients, config).items():
+        if not np.any(theirs[name]):  # an expert that no token goes to, or what only chooses experts
+            assert not np.any(gradient), name
+        elif np.linalg.norm(theirs[name]) <= rounding:
+            assert np.linalg.norm(gradient) <= rounding, name
+        else:
+            assert relative_l2(gradient, theirs[name]) < TOLERANCE, name
+
+
 @every_case
 def test_logits_gradients_cache_and_greedy_equal_transformers(family: str, case: str) -> None:
     """Scanned and as straight code, with and without packing."""
@@ -58,19 +81,7 @@ def test_logits_gradients_cache_and_greedy_equal_transformers(family: str, case:
     decoder = train_everything(decoder_of(config))
     for remat, rows in (("none", [[0], [1]]), ("full,unroll=all", [[0, 1]])):
         decoder.remat = remat
-        batch = batch_of(plain_examples(ids), rows, ids.size // len(rows))
-        gradients, logits = loss_and_logits(decoder, batch)
-        np.testing.assert_allclose(logits.reshape(expected.shape), expected, atol=TOLERANCE, rtol=TOLERANCE)
-        theirs = torch_reference.all_gradients(model, ids)
-        # A bias that all keys of a layer without positions have cannot change the loss: rounding is all that both have.
-        rounding = 1e-6 * max(map(np.linalg.norm, theirs.values()))
-        for name, gradient in hf_gradients(gradients, config).items():
-            if not np.any(theirs[name]):  # an expert that no token goes to, or what only chooses experts
-                assert not np.any(gradient), name
-            elif np.linalg.norm(theirs[name]) <= rounding:
-                assert np.linalg.norm(gradient) <= rounding, name
-            else:
-                assert relative_l2(gradient, theirs[name]) < TOLERANCE, name
+        compare_gradients_and_logits(decoder, model, config, ids, rows)
     decoder.remat = "none"
     hidden = through_cache(decoder, jnp.asarray(ids, jnp.int32), prefill=5)
     np.testing.assert_allclose(decoder.logits(hidden), expected, atol=TOLERANCE, rtol=TOLERANCE)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import gguf_files
+from arch_cases import arch_config
 from converters.cli import main
 from converters.gguf_adapter import read_gguf_adapter, write_gguf_adapter
 from converters.gguf_header import read_header
@@ -22,6 +23,7 @@ from jaxft.fetch import Pinned
 from jaxft.lora import LoraConfig
 from llamacpp import LlamaCpp
 from pinned import LLAMA_CPP, LLAMA_CPP_DECLARATIONS
+from tiny import write_tiny_hf
 
 SIZES = {"q_proj": (64, 64), "k_proj": (32, 64), "down_proj": (64, 160), "embed_tokens": (300, 64)}
 
@@ -172,6 +174,29 @@ def test_the_commands(tiny_hf_dir: Path, tmp_path: Path, capfd: pytest.CaptureFi
     assert (shown["format"], shown["config"]["adapter.lora.alpha"]) == ("gguf adapter", 12)
     assert main(["verify", str(tiny_hf_dir), str(path)]) == EXIT_STATUS
     assert "is a LoRA adapter, not a model" in capfd.readouterr().err
+
+
+def test_linears_that_llama_cpp_multiplies_without_adapters_are_refused(tmp_path: Path) -> None:
+    """Those of latent attention: it would load the file and leave them out."""
+    base = HFCheckpoint(write_tiny_hf(tmp_path / "hf", arch_config("deepseek_v3", "yarn of one scale, groups")))
+    modules = {"kv_b_proj": (72, 10), "o_proj": (40, 40)}
+    tensors = {
+        f"model.layers.0.self_attn.{name}.lora_{part}.weight": np.ones(shape, "f4")
+        for name, (out, inputs) in modules.items()
+        for part, shape in (("A", (2, inputs)), ("B", (out, 2)))
+    }
+    config = LoraConfig(r=2, target_modules=tuple(modules))
+    with pytest.raises(
+        JaxftError, match=r"no place for model.layers.0.self_attn.kv_b_proj \(not in this architecture\)"
+    ):
+        write_gguf_adapter(
+            make_adapter(config, tensors, base_model_name_or_path="owner/base"), base, tmp_path / "adapter.gguf"
+        )
+    kept = {name: array for name, array in tensors.items() if "o_proj" in name}
+    config = LoraConfig(r=2, target_modules=("o_proj",))
+    write_gguf_adapter(
+        make_adapter(config, kept, base_model_name_or_path="owner/base"), base, tmp_path / "adapter.gguf"
+    )
 
 
 @pytest.mark.slow

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from converters.expert_layout import StackExperts
-from converters.layout import Layout, LayoutOp, layout_of
+from converters.layout import Layout, LayoutOp, Shape, layout_of
 from converters.tensor_ops import TensorOp
 from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig, RopeKind
@@ -27,35 +27,36 @@ IGNORED_FIELDS = frozenset(
     )
 )  # fmt: skip
 
+# Of transformers' classes, where a family's has no other.
+_DEFAULTS = {"rope_theta": 10_000.0}
+
 
 class ConfigReader:
-    """Reads an HF config so that no field goes unnoticed: each is taken, ignorable, at its default, or refused."""
+    """Reads an HF config so that no field goes unnoticed: each is taken, ignorable, at its default, or refused.
 
-    def __init__(self, config: dict[str, Any], where: object) -> None:
+    Args:
+      config: as config.json has it.
+      where: what errors name.
+      defaults: of fields that are missing, as of `ArchSpec`; a null in `config` stays one.
+    """
+
+    def __init__(self, config: dict[str, Any], where: object, defaults: Mapping[str, Any] | None = None) -> None:
         self._left = {k: v for k, v in config.items() if k not in IGNORED_FIELDS}
         self._where = where
+        self._defaults = defaults or {}
 
     def take(self, name: str, default: Any = dataclasses.MISSING) -> Any:
-        """The field's value, or `default` where it is missing or null (no default: it must be there)."""
-        value = self._left.pop(name, None)
+        """The field's value; where it is null, or missing and not among `defaults`: `default` (none: it is refused)."""
+        value = self._left.pop(name, self._defaults.get(name))
         if value is None:
             if default is dataclasses.MISSING:
-                raise JaxftError(f"{self._where}, field {name}", "is missing")
+                raise JaxftError(f"{self._where}, field {name}", "is missing or null")
             return default
         return value
 
-    def take_nullable(self, name: str, default: Any) -> Any:
-        """The field's value, None where it is null; `default` only where it is missing."""
-        return self._left.pop(name, default)
-
     def peek(self, name: str) -> Any:
         """The field's value, which is left for whoever takes it; None where it is missing."""
-        return self._left.get(name)
-
-    def default(self, value: Any, *names: str) -> None:
-        """What the first of these fields is where none of them says anything."""
-        if all(self._left.get(name) is None for name in names):
-            self._left[names[0]] = value
+        return self._left.get(name, self._defaults.get(name))
 
     def refuse(self, name: str, value: Any, supported: str) -> JaxftError:
         """The error for a value that is known to HF but not implemented here."""
@@ -78,6 +79,10 @@ class ConfigReader:
             )
 
 
+# llama.cpp's numbers for what makes scores of a router's logits.
+GATING = {"softmax": 1, "sigmoid": 2}
+
+
 class MetadataReader:
     """Reads an architecture's keys of a GGUF file so that none goes unnoticed, as ConfigReader does for config.json.
 
@@ -96,6 +101,20 @@ class MetadataReader:
         value = self._take(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise self._refuse(key, f"must be a positive integer, not {value!r}")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """An integer that may be 0."""
+        value = self._take(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise self._refuse(key, f"must be an integer, and not negative: {value!r}")
+        return value
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        """True or false."""
+        value = self._take(key, default)
+        if not isinstance(value, bool):
+            raise self._refuse(key, f"must be true or false, not {value!r}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -152,6 +171,9 @@ class GGUFArch:
         raises JaxftError for a fact that llama.cpp's implementation of the architecture does not have.
       tensor_ops: reversible changes from HF tensors to GGUF's; none for most tensors.
       experts: it is the architecture with experts, where llama.cpp has one name for both.
+      gating: `expert_gating_func`, where llama.cpp has one name for architectures that differ by it.
+      layout: how the tensors of a file differ from those of an HF checkpoint, which are the decoder's side of the ops.
+      no_adapters: linears that llama.cpp's graph multiplies without a LoRA adapter, as their names end.
     """
 
     name: str
@@ -159,6 +181,19 @@ class GGUFArch:
     write_metadata: Callable[[DecoderConfig], dict[str, int | float | str]]
     tensor_ops: tuple[TensorOp, ...] = ()
     experts: bool = False
+    gating: int | None = None
+    layout: Callable[[DecoderConfig], Sequence[LayoutOp]] = lambda config: ()
+    no_adapters: tuple[str, ...] = ()
+
+    def describes(self, metadata: Mapping[str, Any]) -> bool:
+        """Whether a file of this name is of this architecture."""
+        experts = bool(metadata.get(f"{self.name}.expert_count"))
+        gating = metadata.get(f"{self.name}.expert_gating_func", GATING["softmax"])
+        return experts == self.experts and self.gating in (None, gating)
+
+    def in_file(self, hf_shapes: Mapping[str, Shape], config: DecoderConfig) -> Layout:
+        """Of HF's tensors, here `decoder`, and a file's, `hf`: those have HF's names, or what would be theirs."""
+        return layout_of(hf_shapes, self.layout(config))
 
     def to_gguf(self, name: str, array: np.ndarray, config: dict[str, Any]) -> np.ndarray:
         """The HF tensor `name` as GGUF stores it; `config` is the HF config."""
@@ -185,6 +220,8 @@ class ArchSpec:
       read_config: reads a ConfigReader into a DecoderConfig; must consume every field.
       gguf: None when GGUF cannot hold this architecture.
       models: what it covers, in words.
+      defaults: what fields of config.json are that it leaves out, where transformers' class says more than that there
+        is no such thing.
       layout: how the tensors of an HF checkpoint differ from the decoder's.
       expert_parameters: how transformers' class holds the experts' weights, which peft's target_parameters name, in the
         class's order.
@@ -196,13 +233,14 @@ class ArchSpec:
     read_config: Callable[[ConfigReader], DecoderConfig]
     gguf: GGUFArch | None
     models: str
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layout: tuple[LayoutOp, ...] = ()
     expert_parameters: tuple[StackExperts, ...] = ()
     no_greedy: tuple[RopeKind, ...] = ()
 
     def decoder_config(self, config: dict[str, Any], where: object) -> DecoderConfig:
         """The DecoderConfig of an HF config dict; raises JaxftError on any field that is not understood."""
-        reader = ConfigReader(config, where)
+        reader = ConfigReader(config, where, {**_DEFAULTS, **self.defaults})
         try:
             result = self.read_config(reader)
             hash(result)  # a list or an object where there should be one value

@@ -11,13 +11,13 @@ from jaxft.models.config import DecoderConfig
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
     bias = reader.take("attention_bias", False)
-    fields = read_common(reader, eps="layer_norm_eps", tied=True, theta=500_000.0, interleaved=True)
+    fields = read_common(reader, eps="layer_norm_eps", interleaved=True)
     return DecoderConfig(
         **fields,
         norm="layer_norm",
         parallel_block=True,
         qk_norm="each_head" if reader.take("use_qk_norm", False) else None,
-        logit_scale=reader.take("logit_scale", 0.0625),
+        logit_scale=reader.take("logit_scale"),
         qkv_bias=bias,
         o_bias=bias,
     )
@@ -53,4 +53,5 @@ COHERE = ArchSpec(
     read_config=_read_config,
     gguf=GGUFArch("command-r", _read_gguf, _write_gguf),
     models="Command R, Command R+, Aya 23, Aya Expanse",
+    defaults={"tie_word_embeddings": True, "rope_theta": 500_000.0, "logit_scale": 0.0625},
 )

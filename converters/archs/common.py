@@ -21,8 +21,6 @@ def read_common(
     *,
     activation: str = "hidden_act",
     eps: str = "rms_norm_eps",
-    tied: bool = False,
-    theta: float = 10000.0,
     interleaved: bool = False,
 ) -> dict[str, Any]:
     """The fields of DecoderConfig that nearly every family has.
@@ -30,7 +28,6 @@ def read_common(
     Args:
       reader: of the model's config.
       activation, eps: how the family spells those.
-      tied, theta: the family's defaults, for what its config may leave out.
       interleaved: as of `RopeConfig`.
     """
     hidden, heads = reader.take("hidden_size"), reader.take("num_attention_heads")
@@ -47,8 +44,8 @@ def read_common(
         "max_position_embeddings": longest,
         "hidden_act": reader.take(activation),
         "rms_norm_eps": reader.take(eps),
-        "tie_word_embeddings": reader.take("tie_word_embeddings", tied),
-        "rope": read_rope(reader, longest, default_theta=theta, interleaved=interleaved),
+        "tie_word_embeddings": reader.take("tie_word_embeddings", False),
+        "rope": read_rope(reader, longest, interleaved=interleaved),
     }
 
 
@@ -137,6 +134,7 @@ def write_common_gguf(
     interleaved: bool = False,
     rope_kinds: Sequence[RopeKind] = ("default", "linear", "llama3", "yarn"),
     yarn_truncate: bool = True,
+    yarn_attention_factor: float | None = None,
     **graph: Any,
 ) -> dict[str, int | float | str]:
     """The keys that nearly every architecture has, after a check that GGUF can say everything else, too.
@@ -145,7 +143,8 @@ def write_common_gguf(
       config: the decoder's facts.
       eps_key: as of `read_common_gguf`.
       said: fields of the config that the architecture's own keys, or its tensors, say.
-      whole_heads, interleaved, rope_kinds, yarn_truncate: what llama.cpp's graph of the architecture can rotate.
+      whole_heads, interleaved, rope_kinds, yarn_truncate, yarn_attention_factor: what llama.cpp's graph of the
+        architecture can rotate.
       **graph: the values of fields that it fixes; other fields must have DecoderConfig's default.
 
     Raises:
@@ -166,7 +165,7 @@ def write_common_gguf(
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
-        **write_gguf_rope(config.rope, truncate=yarn_truncate),
+        **write_gguf_rope(config.rope, truncate=yarn_truncate, attention_factor=yarn_attention_factor),
         eps_key: config.rms_norm_eps,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,

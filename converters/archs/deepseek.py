@@ -31,7 +31,6 @@ def deepseek_fields(reader: ConfigReader, *, interleaved: bool, routing: dict[st
     moe = read_moe(
         reader,
         experts="n_routed_experts",
-        aux_loss=0.0,
         moe_intermediate_size=expert_width,
         shared_expert_intermediate_size=reader.take("n_shared_experts") * expert_width,
         routed_scaling_factor=float(reader.take("routed_scaling_factor", 1.0)),

@@ -15,7 +15,7 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     reader.expect("use_bidirectional_attention", False)
     # The first releases say "gelu" where they mean its tanh approximation; transformers corrects that, too.
     activation = reader.take("hidden_activation", None)
-    fields = read_common(reader, tied=True)
+    fields = read_common(reader)
     fields["hidden_act"] = activation or {"gelu": "gelu_pytorch_tanh"}.get(fields["hidden_act"], fields["hidden_act"])
     return DecoderConfig(
         **fields,
@@ -45,4 +45,5 @@ GEMMA = ArchSpec(
     read_config=_read_config,
     gguf=GGUFArch("gemma", _read_gguf, _write_gguf, ADD_ONE_TO_NORMS),
     models="Gemma 2B, 7B; CodeGemma",
+    defaults={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
 )

@@ -12,29 +12,32 @@ from jaxft.models.config import DecoderConfig
 
 _WINDOW, _CAP, _LOGIT_CAP = "attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"
 
+# Of fields that Gemma 2 and 3 share.
+GEMMA_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
 
-def gemma_fields(reader: ConfigReader, period: int, *, caps: tuple[float | None, float | None]) -> dict[str, Any]:
-    """What Gemma 2 and 3 share; every `period`-th layer has full attention, and null means that there is no soft cap.
 
-    Args:
-      reader: of the model's config.
-      period: of the layers.
-      caps: soft caps of attention's logits and of the head's where the config does not say.
-    """
+def gemma_fields(reader: ConfigReader, period: int) -> dict[str, Any]:
+    """What Gemma 2 and 3 share; every `period`-th layer has full attention, and a soft cap of null is none."""
     bias = reader.take("attention_bias", False)
     reader.expect("use_bidirectional_attention", False)
     reader.expect("hidden_act", "gelu_pytorch_tanh")  # old spelling of the next one, ignored by transformers
     reader.expect("cache_implementation", "hybrid")
-    fields = read_common(reader, activation="hidden_activation", tied=True)
+    fields = read_common(reader, activation="hidden_activation")
     layers = fields["num_hidden_layers"]
     return {
         **fields,
         "norm_placement": "sandwich",
         "norm_weight_offset": 1.0,
         "embedding_multiplier": fields["hidden_size"] ** 0.5,
-        "attention_scale": reader.take("query_pre_attn_scalar", 256) ** -0.5,
-        "attention_soft_cap": reader.take_nullable(_CAP, caps[0]),
-        "logit_soft_cap": reader.take_nullable(_LOGIT_CAP, caps[1]),
+        "attention_scale": reader.take("query_pre_attn_scalar") ** -0.5,
+        "attention_soft_cap": reader.take(_CAP, None),
+        "logit_soft_cap": reader.take(_LOGIT_CAP, None),
         "qkv_bias": bias,
         "o_bias": bias,
         **read_windows(reader, layers, every(layers, period)),
@@ -42,7 +45,7 @@ def gemma_fields(reader: ConfigReader, period: int, *, caps: tuple[float | None,
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
-    return DecoderConfig(**gemma_fields(reader, 2, caps=(50.0, 30.0)))
+    return DecoderConfig(**gemma_fields(reader, 2))
 
 
 def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
@@ -86,4 +89,5 @@ GEMMA2 = ArchSpec(
     read_config=_read_config,
     gguf=GGUFArch("gemma2", _read_gguf, _write_gguf, ADD_ONE_TO_NORMS),
     models="Gemma 2 2B, 9B, 27B",
+    defaults={**GEMMA_DEFAULTS, _CAP: 50.0, _LOGIT_CAP: 30.0},
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
 from converters.archs.common import every, read_common_gguf, write_common_gguf
-from converters.archs.gemma2 import gemma_attention_scale, gemma_fields
+from converters.archs.gemma2 import GEMMA_DEFAULTS, gemma_attention_scale, gemma_fields
 from converters.archs.rope import rope_of
 from converters.tensor_ops import ADD_ONE_TO_NORMS
 from jaxft.models.config import DecoderConfig
@@ -19,11 +19,12 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     period = reader.take("sliding_window_pattern", None) or reader.take("_sliding_window_pattern", 6)
     reader.take("_sliding_window_pattern", None)
     nested = reader.take("rope_parameters", {})
-    outer = {"rope_theta": reader.take("rope_theta", 1_000_000.0)}
+    outer = {"rope_theta": reader.take("rope_theta")}
     scaling = reader.take("rope_scaling", {})
     local = {"rope_theta": reader.take("rope_local_base_freq", 10_000.0)}
-    fields = gemma_fields(reader, period, caps=(None, None))
+    fields = gemma_fields(reader, period)
     longest = fields["max_position_embeddings"]
+    fields["attention_soft_cap"] = None  # transformers' class has Gemma 2's field, and does not look at it
     fields["rope"] = rope_of(nested.get("full_attention") or scaling, outer, longest)
     return DecoderConfig(
         **fields, qk_norm="head", local_rope=rope_of(nested.get("sliding_attention") or {}, local, longest)
@@ -65,4 +66,5 @@ GEMMA3 = ArchSpec(
     read_config=_read_config,
     gguf=GGUFArch("gemma3", _read_gguf, _write_gguf, ADD_ONE_TO_NORMS),
     models="Gemma 3 270M, 1B, and the text model of 4B to 27B",
+    defaults={**GEMMA_DEFAULTS, "rope_theta": 1_000_000.0},
 )

@@ -51,13 +51,16 @@ def read_gguf_rope(reader: MetadataReader) -> dict[str, Any]:
     return parameters
 
 
-def write_gguf_rope(rope: RopeConfig, *, truncate: bool = True) -> dict[str, int | float | str]:
+def write_gguf_rope(
+    rope: RopeConfig, *, truncate: bool = True, attention_factor: float | None = None
+) -> dict[str, int | float | str]:
     """The `rope.*` keys; "llama3" has none beside its theta, see `rope_divisors`.
 
     Args:
       rope: the rotation.
       truncate: of the architecture's YaRN. llama.cpp rounds where the blend begins and ends in any case; a warning
         says so where the model does not.
+      attention_factor: of the architecture's YaRN; None: the paper's.
 
     Raises:
       JaxftError: a YaRN whose attention factor or blend is not the paper's.
@@ -66,7 +69,7 @@ def write_gguf_rope(rope: RopeConfig, *, truncate: bool = True) -> dict[str, int
     if rope.kind in ("linear", "yarn"):
         keys |= {"rope.scaling.type": rope.kind, "rope.scaling.factor": float(rope.factor)}
     if rope.kind == "yarn":
-        expected = yarn_mscale(rope.factor, 1)
+        expected = yarn_mscale(rope.factor, 1) if attention_factor is None else attention_factor
         if rope.truncate != truncate or not math.isclose(rope.attention_factor, expected, rel_tol=1e-6):
             raise JaxftError(
                 "config field rope_parameters",

@@ -30,8 +30,7 @@ _ROPE = {
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
-    reader.default(_ROPE, "rope_parameters", "rope_scaling")
-    fields = read_common(reader, theta=150000.0)
+    fields = read_common(reader)
     layers, bias = fields["num_hidden_layers"], reader.take("attention_bias", True)
     # Other spellings of fields that are there, and fields that transformers' class does not look at.
     for name in ("experts_per_token", "initial_context_length"):
@@ -97,6 +96,14 @@ GPT_OSS = ArchSpec(
     read_config=_read_config,
     gguf=GGUFArch("gpt-oss", _read_gguf, _write_gguf, experts=True),
     models="gpt-oss-20b, gpt-oss-120b",
+    defaults={
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "sliding_window": 128,
+        "router_aux_loss_coef": 0.001,
+        "rope_theta": 150_000.0,
+        "rope_scaling": _ROPE,
+    },
     layout=(
         Rename("mlp.router", "mlp.gate"),
         *_WEIGHTS,

@@ -54,6 +54,7 @@ GRANITE_MOE = ArchSpec(
     read_config=_read_config,
     gguf=GGUFArch("granitemoe", _read_gguf, _write_gguf, PERMUTE_QK, experts=True),
     models="Granite 3 1B-A400M and 3B-A800M",
+    defaults={"router_aux_loss_coef": 0.001},
     layout=(
         Rename("block_sparse_moe.router.layer", "mlp.gate"),
         _GATE_UP,

@@ -17,7 +17,7 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
 
 
 def _read_gguf(reader: MetadataReader) -> dict:
-    return read_common_gguf(reader)
+    return {**read_common_gguf(reader), "sliding_window": None}
 
 
 MISTRAL = ArchSpec(
@@ -26,4 +26,5 @@ MISTRAL = ArchSpec(
     read_config=_read_config,
     gguf=GGUFArch("llama", _read_gguf, write_common_gguf, PERMUTE_QK),
     models="Mistral 7B, Nemo and Small (text)",
+    defaults={"num_key_value_heads": 8, "sliding_window": 4096},
 )

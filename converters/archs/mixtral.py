@@ -13,7 +13,7 @@ from jaxft.models.config import DecoderConfig
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
-    fields = read_common(reader, theta=1000000.0)
+    fields = read_common(reader)
     reader.expect("router_jitter_noise", 0.0)  # noise in training, which jaxft does not add
     return DecoderConfig(
         **fields,
@@ -42,6 +42,7 @@ MIXTRAL = ArchSpec(
     read_config=_read_config,
     gguf=GGUFArch("llama", _read_gguf, _write_gguf, PERMUTE_QK, experts=True),
     models="Mixtral 8x7B and 8x22B",
+    defaults={"num_key_value_heads": 8, "rope_theta": 1_000_000.0, "router_aux_loss_coef": 0.001},
     layout=(
         Rename("block_sparse_moe.gate", "mlp.gate"),
         Rename("block_sparse_moe.experts.{}.w1", "mlp.experts.{}.gate_proj"),

@@ -20,6 +20,8 @@ EXPERT_PARAMETERS = (
     StackExperts("mlp.experts.down_proj", ("mlp.experts.{}.down_proj.weight",), (0, 1, 2, 3)),
 )
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
 # Fields of MoEConfig, and of HF's configs -> keys.
 WIDTHS = {
     "moe_intermediate_size": "expert_feed_forward_length",
@@ -27,20 +29,20 @@ WIDTHS = {
 }
 
 
-def read_moe(reader: ConfigReader, *, experts: str = "num_experts", aux_loss: float = 0.001, **facts: Any) -> MoEConfig:
+def read_moe(reader: ConfigReader, *, experts: str = "num_experts", **facts: Any) -> MoEConfig:
     """The experts of a config.
 
     Args:
       reader: of the model's config.
-      experts: how the family spells their number.
-      aux_loss: the family's default of `router_aux_loss_coef`.
+      experts: how the family spells their number; transformers writes some families' under another's name.
       **facts: the other fields of MoEConfig.
     """
     reader.take("output_router_logits", False)  # whether a forward pass returns them
+    spelling = next((name for name in (experts, *_EXPERTS) if reader.peek(name) is not None), experts)
     return MoEConfig(
-        num_experts=reader.take(experts),
+        num_experts=reader.take(spelling),
         num_experts_per_tok=reader.take("num_experts_per_tok"),
-        router_aux_loss_coef=float(reader.take("router_aux_loss_coef", aux_loss)),
+        router_aux_loss_coef=float(reader.take("router_aux_loss_coef", 0.0)),
         **facts,
     )
 
@@ -72,12 +74,16 @@ def read_moe_gguf(
 _SAID = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "router_aux_loss_coef")
 
 
-def write_moe_gguf(config: DecoderConfig, *, widths: Collection[str] = (), **graph: Any) -> dict[str, int]:
+def write_moe_gguf(
+    config: DecoderConfig, *, widths: Collection[str] = (), said: Collection[str] = (), dense: int = 0, **graph: Any
+) -> dict[str, int]:
     """The keys of experts, after a check that llama.cpp's graph of the architecture has everything else.
 
     Args:
       config: the decoder's facts.
       widths: fields of `WIDTHS` that the architecture's files have.
+      said: fields of MoEConfig that the architecture's own keys, or its tensors, say.
+      dense: how many layers there are without experts, all before the others.
       **graph: the values of fields of MoEConfig that it fixes; others must have the default.
 
     Raises:
@@ -86,9 +92,10 @@ def write_moe_gguf(config: DecoderConfig, *, widths: Collection[str] = (), **gra
     moe = config.moe
     assert moe is not None
     for field in dataclasses.fields(moe):
-        if field.name not in (*_SAID, *widths):
+        if field.name not in (*_SAID, *widths, *said):
             check_fact(field.name, getattr(moe, field.name), (graph.get(field.name, field.default),))
-    check_fact("mlp_layer_types", config.mlp_layer_types, (("sparse",) * config.num_hidden_layers,))
+    kinds = ("dense",) * dense + ("sparse",) * (config.num_hidden_layers - dense)
+    check_fact("mlp_layer_types", config.mlp_layer_types, (kinds,))
     return {
         "expert_count": moe.num_experts,
         "expert_used_count": moe.num_experts_per_tok,

@@ -46,5 +46,6 @@ OLMOE = ArchSpec(
     read_config=_read_config,
     gguf=GGUFArch("olmoe", _read_gguf, _write_gguf, experts=True),
     models="OLMoE-1B-7B",
+    defaults={"router_aux_loss_coef": 0.01},
     expert_parameters=EXPERT_PARAMETERS,
 )

@@ -35,4 +35,5 @@ QWEN2 = ArchSpec(
     read_config=_read_config,
     gguf=GGUFArch("qwen2", _read_gguf, _write_gguf),
     models="Qwen2, Qwen2.5",
+    defaults={"num_key_value_heads": 32, "sliding_window": 4096},
 )

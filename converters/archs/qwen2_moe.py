@@ -48,5 +48,6 @@ QWEN2_MOE = ArchSpec(
     read_config=_read_config,
     gguf=GGUFArch("qwen2moe", _read_gguf, _write_gguf, experts=True),
     models="Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
+    defaults={"num_key_value_heads": 16, "sliding_window": 4096, "router_aux_loss_coef": 0.001},
     expert_parameters=EXPERT_PARAMETERS,
 )

@@ -31,4 +31,5 @@ QWEN3 = ArchSpec(
     read_config=_read_config,
     gguf=GGUFArch("qwen3", _read_gguf, _write_gguf),
     models="Qwen3 0.6B to 32B (dense)",
+    defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
 )

@@ -48,5 +48,6 @@ QWEN3_MOE = ArchSpec(
     read_config=_read_config,
     gguf=GGUFArch("qwen3moe", _read_gguf, _write_gguf, experts=True),
     models="Qwen3-30B-A3B, Qwen3-235B-A22B",
+    defaults={"num_key_value_heads": 4, "sliding_window": 4096, "router_aux_loss_coef": 0.001},
     expert_parameters=EXPERT_PARAMETERS,
 )

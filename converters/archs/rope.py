@@ -13,22 +13,19 @@ from converters.archs.base import ConfigReader
 from jaxft.models.config import RopeConfig, RopeKind
 
 
-def read_rope(
-    reader: ConfigReader, max_position_embeddings: int, *, default_theta: float = 10000.0, interleaved: bool = False
-) -> RopeConfig:
+def read_rope(reader: ConfigReader, max_position_embeddings: int, *, interleaved: bool = False) -> RopeConfig:
     """Consumes the RoPE fields of `reader`; refuses a kind that is not implemented, by name.
 
     Args:
       reader: of the model's config.
       max_position_embeddings: of the same config.
-      default_theta: where the config has none.
       interleaved: as of `RopeConfig`; the family knows it, no field says it.
 
     Raises:
       JaxftError: an unknown rope_type, or a field that the type does not have.
     """
     outer = {
-        "rope_theta": reader.take("rope_theta", default_theta),
+        "rope_theta": reader.take("rope_theta"),
         "partial_rotary_factor": reader.take("partial_rotary_factor", 1.0),
         "original_max_position_embeddings": reader.take("original_max_position_embeddings", None),
     }

@@ -12,7 +12,7 @@ from jaxft.models.config import DecoderConfig, LayerType
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
     bias = reader.take("attention_bias", False)
-    fields = read_common(reader, tied=True, theta=2_000_000.0)
+    fields = read_common(reader)
     layers = fields["num_hidden_layers"]
     period = reader.take("no_rope_layer_interval", 4)
     # A 1 means that the layer does rotate.
@@ -46,4 +46,5 @@ SMOLLM3 = ArchSpec(
     read_config=_read_config,
     gguf=GGUFArch("smollm3", _read_gguf, _write_gguf, PERMUTE_QK),
     models="SmolLM3 3B",
+    defaults={"num_key_value_heads": 4, "rope_theta": 2_000_000.0, "tie_word_embeddings": True},
 )

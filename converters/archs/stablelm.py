@@ -14,7 +14,6 @@ _PARALLEL = "use_parallel_residual"
 def _read_config(reader: ConfigReader) -> DecoderConfig:
     reader.expect("hidden_dropout", 0.0)
     reader.expect("qk_layernorm", False)
-    reader.default(0.25, "partial_rotary_factor")
     return DecoderConfig(
         **read_common(reader, eps="layer_norm_eps"),
         norm="layer_norm",
@@ -51,4 +50,5 @@ STABLELM = ArchSpec(
     read_config=_read_config,
     gguf=GGUFArch("stablelm", _read_gguf, _write_gguf),
     models="StableLM 3B, Stable LM 2 1.6B, Stable Code 3B",
+    defaults={"num_key_value_heads": 32, "partial_rotary_factor": 0.25},
 )

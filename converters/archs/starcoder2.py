@@ -17,7 +17,7 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     reader.expect("mlp_type", "default")
     reader.expect("norm_type", "layer_norm")
     bias = reader.take("use_bias", True)
-    fields = read_common(reader, eps="norm_epsilon", tied=True)
+    fields = read_common(reader, eps="norm_epsilon")
     return DecoderConfig(
         **fields,
         norm="layer_norm",
@@ -55,5 +55,6 @@ STARCODER2 = ArchSpec(
     read_config=_read_config,
     gguf=GGUFArch("starcoder2", _read_gguf, _write_gguf),
     models="StarCoder2 3B, 7B, 15B",
+    defaults={"num_key_value_heads": 2, "tie_word_embeddings": True},
     layout=(Fuse("mlp.c_fc", ("mlp.up_proj",)), Fuse("mlp.c_proj", ("mlp.down_proj",))),
 )
