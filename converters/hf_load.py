@@ -80,7 +80,7 @@ def _open_indexed(folder: Path) -> dict[str, SafetensorsFile]:
     weight_map = _read_index(folder / INDEX)
     shards = sorted(set(weight_map.values()))
     # Not Path.is_file, which raises for names that no file can have.
-    missing = [shard for shard in shards if not os.path.isfile(folder / shard)]  # noqa: PTH113
+    missing = [shard for shard in shards if not os.path.isfile(folder / shard)]
     if missing:
         raise JaxftError(folder / INDEX, f"names shards that are missing: {', '.join(missing)}", "Fetch them too")
     files = {shard: SafetensorsFile(folder / shard) for shard in shards}
