@@ -44,7 +44,7 @@ def gguf_tensors(hf_names: Iterable[str], layout: Layout, arch: str, n_layers: i
     for hf_name in hf_names:
         parts = layout.hf[hf_name].names
         for part in parts:
-            stacked = _EXPERT.sub(".experts.", part)
+            stacked = stacked_name(part)
             if stacked == part:
                 found[hf_name] = parts
             else:
@@ -80,6 +80,11 @@ def gguf_names(hf_names: Iterable[str], arch: str, n_layers: int) -> dict[str, s
 def without_single_rows(shape: Shape) -> Shape:
     """The shape as ggml counts dimensions: leading ones are none."""
     return without_single_rows(shape[1:]) if len(shape) > 1 and shape[0] == 1 else shape
+
+
+def stacked_name(name: str) -> str:
+    """A decoder's name without the expert's number, for all of them together."""
+    return _EXPERT.sub(".experts.", name)
 
 
 def is_expert(name: str) -> bool:
