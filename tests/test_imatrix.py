@@ -140,14 +140,23 @@ def test_files(collected: ImportanceMatrix, tmp_path: Path):
     assert read_imatrix(legacy).of(name.decode(), (9, 3), legacy).tolist() == [1, 2, 0]
 
 
-def test_experts_are_those_of_the_tokens_that_went_to_them(tmp_path: Path):
-    """Against a computation of the first layer in numpy, from the router on."""
+def test_experts_are_those_of_the_tokens_that_went_to_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Against a computation in numpy, from what the router reads on."""
     config = arch_config("mixtral", "experts") | {"num_hidden_layers": 1}
     source = HFCheckpoint(write_tiny_hf(tmp_path / "hf", config))
-    tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (3, 16)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (4, 16)).astype(np.int32)
+    seen: list[np.ndarray] = []
+    plain = moe.MoE.__call__
+
+    def note(self, x, *rest, **more):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x, np.float64)), x)
+        return plain(self, x, *rest, **more)
+
+    monkeypatch.setattr(moe.MoE, "__call__", note)
     found = collect_rows(source, tokens, dataset="random", batch_size=2)
+    jax.effects_barrier()
     block = "model.layers.0.block_sparse_moe"
-    x = mlp_inputs(source, tokens).astype(np.float64)
+    x = np.concatenate(seen).reshape(tokens.size, -1)
     logits = x @ source.read(f"{block}.gate.weight").astype(np.float64).T
     chosen = np.argsort(-logits, axis=1)[:, : config["num_experts_per_tok"]]
     weights = np.exp(np.take_along_axis(logits, chosen, 1))
@@ -164,24 +173,6 @@ def test_experts_are_those_of_the_tokens_that_went_to_them(tmp_path: Path):
     header, (n, columns) = read_header(path), found.sums["blk.0.ffn_down_exps.weight"].shape
     assert header.tensors["blk.0.ffn_down_exps.weight.in_sum2"].shape == (n, columns)
     assert header.tensors["blk.0.ffn_down_exps.weight.counts"].shape == (n, 1)
-
-
-def mlp_inputs(checkpoint: HFCheckpoint, tokens: np.ndarray) -> np.ndarray:
-    """[B T, D]: what the first layer's norm behind attention gives."""
-    decoder = load_decoder(checkpoint, dtype=jnp.float32)
-    seen: list[np.ndarray] = []
-    plain = moe.MoE.__call__
-
-    def note(self, x, *rest, **more):
-        jax.debug.callback(lambda x: seen.append(np.asarray(x)), x)
-        return plain(self, x, *rest, **more)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe.MoE, "__call__", note)
-        jax.block_until_ready(decoder(jnp.asarray(tokens)))
-        jax.effects_barrier()
-    (found,) = seen
-    return found.reshape(-1, found.shape[-1])
 
 
 def test_files_of_experts_in_older_forms(tmp_path: Path):
