@@ -180,13 +180,14 @@ def decode_state(content: bytes, where: object) -> QuantState:
     shape, block_size = fields["shape"], fields["blocksize"]
     good = (
         fields["quant_type"] == "nf4"
+        and isinstance(fields["dtype"], str)
         and fields["dtype"] in _DTYPES
         and isinstance(shape, list)
         and len(shape) == 2
         and all(isinstance(n, int) and n > 0 for n in [*shape, block_size, fields.get("nested_blocksize", 1)])
         and shape[1] % 2 == 0
         and fields.get("nested_dtype", "float32") == "float32"
-        and isinstance(fields.get("nested_offset", 0.0), float | int)
+        and _is_float32(fields.get("nested_offset", 0.0))
     )
     if not good:
         raise JaxftError(where, f"holds values that are not supported: {fields}")
@@ -197,6 +198,11 @@ def decode_state(content: bytes, where: object) -> QuantState:
         fields.get("nested_blocksize"),
         fields.get("nested_offset"),
     )
+
+
+def _is_float32(value: Any) -> bool:
+    """Whether it is a number that float32 can hold; NaN is, and a sum that has one shows it."""
+    return isinstance(value, float | int) and not abs(value) > float(np.finfo(np.float32).max)
 
 
 def encode_state(weight: NF4Tensor, dtype: np.dtype) -> bytes:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +57,19 @@ def write_gguf(
     importance: tuple[Path, ImportanceMatrix] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes `checkpoint` to the GGUF file `path` and returns it; nothing is left there if it fails.
+    """Writes `checkpoint` to the GGUF file `path` and returns it; see `write_ggufs`."""
+    write_ggufs(checkpoint, {quantization: Path(path)}, importance=importance, overwrite=overwrite)
+    return Path(path)
+
+
+def write_ggufs(
+    checkpoint: Checkpoint,
+    targets: Mapping[str, Path],
+    *,
+    importance: tuple[Path, ImportanceMatrix] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes `checkpoint` to several GGUF files in one pass; nothing is left there if it fails.
 
     Vectors and norms are stored as float32. Values that the type holds are stored exactly: float32, float16 and
     bfloat16 sources lose nothing in "f32", nor in their own type. Experts that the checkpoint holds in MXFP4 stay in
@@ -65,29 +77,36 @@ def write_gguf(
 
     Args:
       checkpoint: its tensors are read one after the other, each once.
-      path: the file to be written; its folder must exist.
-      quantization: a name in `gguf_mixes.MIXES`, which says the type of each matrix. A matrix whose rows are not whole
-        blocks of its type gets another, as in llama.cpp, and a warning says so.
-      overwrite: replace an existing file.
+      targets: quantization -> the file to be written, whose folder must exist. A quantization is a name in
+        `gguf_mixes.MIXES`, which says the type of each matrix. A matrix whose rows are not whole blocks of its type
+        gets another, as in llama.cpp, and a warning says so.
+      importance: an importance matrix and its file's name.
+      overwrite: replace existing files.
 
     Raises:
       JaxftError: an unknown quantization, an architecture or tokenizer that GGUF cannot hold, tensors that do not fit
-        the config, an existing or unwritable `path` (all before any tensor is written); a value that is not finite or
-        too large for the type.
+        the config, an existing or unwritable file (all before any tensor is written); a value that is not finite or
+        too large for its type.
     """
-    mix = check_quantization(quantization)
+    mixes = [check_quantization(name) for name in targets]
     spec = arch_of(checkpoint.config.get("model_type"), checkpoint.where)
     arch = architecture_of(spec, checkpoint.where)
     config = check(checkpoint)
     layout = spec.tensors(config)
-    metadata = _metadata(checkpoint, arch, config, mix.file_type)
-    tensors = _plan(checkpoint, layout, arch, config, mix, importance)
-    if importance is not None:
-        metadata |= importance[1].metadata(importance[0])
-    with new_file(path, overwrite=overwrite) as temporary:
-        extra = rope_tensors(config.rope, config.head_dim)
-        _write(checkpoint, layout, arch, temporary, tensors, metadata, extra)
-    return Path(path)
+    described = {} if importance is None else importance[1].metadata(importance[0])
+    metadata = [_metadata(checkpoint, arch, config, mix) | described for mix in mixes]
+    plans = [_plan(checkpoint, layout, arch, config, mix, importance) for mix in mixes]
+    extra = rope_tensors(config.rope, config.head_dim)
+    with contextlib.ExitStack() as files:
+        paths = [files.enter_context(new_file(path, overwrite=overwrite)) for path in targets.values()]
+        with contextlib.ExitStack() as writers:
+            opened = [writers.enter_context(contextlib.closing(GGUFWriter(path, arch.name))) for path in paths]
+            for writer, plan, fields in zip(opened, plans, metadata, strict=True):
+                _start(writer, checkpoint, plan, fields, extra)
+            for tensors in track(list(zip(*plans, strict=True)), "writing GGUF"):
+                encoded = _encoded(checkpoint, layout, arch, tensors)
+                for writer, data in zip(opened, encoded, strict=True):
+                    writer.write_tensor_data(data)
 
 
 def check_quantization(name: str) -> Mix:
@@ -155,65 +174,63 @@ def _warn_of_other_types(mix: Mix, choices: Collection[Choice]) -> None:
         warn("llama.cpp's mxfp4 files hold experts in MXFP4; this model has none, so its matrices are stored as Q8_0")
 
 
-def _metadata(
-    checkpoint: Checkpoint, arch: GGUFArch, config: DecoderConfig, file_type: LlamaFileType
-) -> dict[str, Any]:
+def _metadata(checkpoint: Checkpoint, arch: GGUFArch, config: DecoderConfig, mix: Mix) -> dict[str, Any]:
     """Every key but `general.*`'s descriptions, in the order of llama.cpp's converter."""
     tokenizer = checkpoint.tokenizer()
     if tokenizer is None:
         warn(f"{checkpoint.where} has no tokenizer, so llama.cpp will only take token ids of the GGUF file")
     return {
         **{f"{arch.name}.{key}": value for key, value in arch.write_metadata(config).items()},
-        "general.file_type": int(file_type),
+        "general.file_type": int(mix.file_type),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **tokenizer_metadata(tokenizer, config.vocab_size, checkpoint.where),
     }
 
 
-def _write(
+def _start(
+    writer: GGUFWriter,
     checkpoint: Checkpoint,
-    layout: Layout,
-    arch: GGUFArch,
-    path: Path,
     tensors: list[_Tensor],
     metadata: dict[str, Any],
     extra: dict[str, np.ndarray],
 ) -> None:
-    writer = GGUFWriter(path, arch.name)
-    with contextlib.closing(writer):
-        for name, array in extra.items():
-            writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
-        for tensor in tensors:
-            writer.add_tensor_info(tensor.of.name, tensor.of.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
-        _describe(writer, checkpoint)
-        for key, value in metadata.items():
-            _add(writer, key, value)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for array in extra.values():
-            writer.write_tensor_data(array)
-        for tensor in track(tensors, "writing GGUF"):
-            writer.write_tensor_data(_encoded(checkpoint, layout, arch, tensor))
+    """Writes everything before the tensors' data, and the data of `extra`."""
+    for name, array in extra.items():
+        writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.of.name, tensor.of.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
+    _describe(writer, checkpoint)
+    for key, value in metadata.items():
+        _add(writer, key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for array in extra.values():
+        writer.write_tensor_data(array)
 
 
-def _encoded(checkpoint: Checkpoint, layout: Layout, arch: GGUFArch, tensor: _Tensor) -> np.ndarray:
-    """The tensor's bytes; experts are encoded one by one, so that no more than one is held in float32."""
-    where = f"{checkpoint.where}, tensor {tensor.of.hf_name}"
-    if not tensor.of.experts:
-        array = arch.to_gguf(tensor.of.hf_name, tensor.of.source.read(checkpoint.read), checkpoint.config)
-        return encode(array, tensor.type, tensor.importance, where)
-    if tensor.as_stored:
-        weights = (_held_in_mxfp4(checkpoint, part) for part in tensor.of.experts)
-        return np.stack([to_blocks(weight) for weight in weights if weight is not None])
-    read = functools.cache(checkpoint.read)  # HF may hold all experts in one tensor
-    importance = tensor.importance if tensor.importance is not None else [None] * len(tensor.of.experts)
-    return np.stack(
-        [
-            encode(layout.decoder[part].read(read), tensor.type, known, where)
-            for part, known in zip(tensor.of.experts, importance, strict=True)
-        ]
-    )
+def _encoded(
+    checkpoint: Checkpoint, layout: Layout, arch: GGUFArch, tensors: Sequence[_Tensor]
+) -> Iterator[np.ndarray]:
+    """The bytes of one tensor for each file, whose types differ; experts are encoded one by one, so that no more than
+    one is held in float32."""
+    of = tensors[0].of
+    where = f"{checkpoint.where}, tensor {of.hf_name}"
+    if not of.experts:
+        array = arch.to_gguf(of.hf_name, of.source.read(checkpoint.read), checkpoint.config)
+        yield from (encode(array, tensor.type, tensor.importance, where) for tensor in tensors)
+    elif tensors[0].as_stored:
+        weights = (_held_in_mxfp4(checkpoint, part) for part in of.experts)
+        yield from [np.stack([to_blocks(weight) for weight in weights if weight is not None])] * len(tensors)
+    else:
+        read = functools.cache(checkpoint.read)  # HF may hold all experts in one tensor
+        experts: list[list[np.ndarray]] = [[] for _ in tensors]
+        for number, part in enumerate(of.experts):
+            array = layout.decoder[part].read(read)
+            for tensor, done in zip(tensors, experts, strict=True):
+                known = None if tensor.importance is None else tensor.importance[number]
+                done.append(encode(array, tensor.type, known, where))
+        yield from map(np.stack, experts)
 
 
 def _describe(writer: GGUFWriter, checkpoint: Checkpoint) -> None:

@@ -47,7 +47,7 @@ def gguf_tensors(hf_names: Iterable[str], layout: Layout, arch: GGUFArch, config
     in_file = arch.in_file(layout.hf_shapes, config)
     for hf_name in hf_names:
         for part in layout.hf[hf_name].names:
-            stacked = _EXPERT.sub(".experts.", part)
+            stacked = stacked_name(part)
             if stacked == part:
                 found |= {name: in_file.hf[name] for name in in_file.decoder[hf_name].names}
             else:
@@ -85,6 +85,11 @@ def _as_module(name: str) -> str:
 def without_single_rows(shape: Shape) -> Shape:
     """The shape as ggml counts dimensions: leading ones are none."""
     return without_single_rows(shape[1:]) if len(shape) > 1 and shape[0] == 1 else shape
+
+
+def stacked_name(name: str) -> str:
+    """A decoder's name without the expert's number, for all of them together."""
+    return _EXPERT.sub(".experts.", name)
 
 
 def is_expert(name: str) -> bool:

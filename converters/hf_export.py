@@ -24,7 +24,7 @@ def write_hf(
 ) -> Path:
     """Writes `checkpoint` into the folder `path`, each tensor in the dtype that it has, and returns the path.
 
-    One tensor is in memory at a time. A conversion to several shards that was killed goes on after the last whole one
+    Two tensors are in memory at a time. A conversion to several shards that was killed goes on after the last whole one
     (see `converters.resume`). The folder appears, complete, when everything is written.
 
     Args:

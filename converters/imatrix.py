@@ -1,6 +1,9 @@
 """Importance matrices: how large what each column of a matrix is multiplied by is, collected from a text.
 
-A quantizer that knows it rounds the columns that matter with more care (`converters.gguf_quants`). Files are
+A quantizer that knows it rounds the columns that matter with more care (`converters.gguf_quants`). An expert's are
+collected from the tokens that were routed to it, as the decoder multiplies them: what its down projection reads counts
+with the router's weights (`jaxft.models.moe`), so that a token which hardly uses an expert hardly matters; llama.cpp's
+own collection leaves those weights out there. Files are
 llama.cpp's, which its programs and ours both read: GGUF with the tensors NAME.in_sum2 [experts, columns] (sums of
 squares over tokens) and NAME.counts [experts, 1] (tokens); of the older .dat form, reading only. Source: llama.cpp's
 tools/imatrix/imatrix.cpp and tools/quantize/quantize.cpp.
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +26,15 @@ from flax import nnx
 from converters.archs import arch_of
 from converters.checkpoint import Checkpoint
 from converters.gguf_header import MAGIC, read_header, stored_bytes
-from converters.gguf_tensors import gguf_names
-from converters.observe import observe
+from converters.gguf_tensors import gguf_names, is_expert, stacked_name
+from converters.observe import Observed, observe
 from converters.streamed import StreamedDecoder
+from jaxft.console import warn
 from jaxft.errors import JaxftError
 from jaxft.files import new_file
 from jaxft.models.decoder import Decoder
-from jaxft.models.params import LAYERS, hf_names, is_quantizable, parameters
+from jaxft.models.layers import is_linear_weight
+from jaxft.models.params import LAYERS, hf_names, parameters
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
@@ -39,7 +45,7 @@ class ImportanceMatrix:
 
     Attributes:
       sums: name -> float32 [experts, columns], sums of squares; one expert for a plain matrix.
-      counts: name -> float32 [experts], how many rows were summed.
+      counts: name -> float32 [experts], how many rows were summed; or [1], the same for all.
       dataset: names of the texts.
       chunk_size: tokens of a row.
       chunks: how many rows.
@@ -62,11 +68,14 @@ class ImportanceMatrix:
         if name not in self.sums:
             return None
         expected = (shape[0] if len(shape) == 3 else 1, shape[-1])
-        if self.sums[name].shape != expected:
-            what = f"knows {list(self.sums[name].shape)} values of {name}, which has {list(expected)}"
+        sums = self.sums[name]
+        if len(sums) == 1 and sums.size == expected[0] * expected[1]:
+            sums = sums.reshape(expected)  # of the older form, which keeps all experts' in a row
+        if sums.shape != expected:
+            what = f"knows {list(sums.shape)} values of {name}, which has {list(expected)}"
             raise JaxftError(where, what, "It is another model's")
         counts = self.counts[name][:, None]
-        means = np.where(counts > 0, self.sums[name] / np.maximum(counts, 1), 1).astype(np.float32)
+        means = np.where(counts > 0, sums / np.maximum(counts, 1), 1).astype(np.float32)
         return means if len(shape) == 3 else means[0]
 
     def metadata(self, path: Path) -> dict[str, Any]:
@@ -105,27 +114,34 @@ def collect_rows(checkpoint: Checkpoint, tokens: np.ndarray, *, dataset: str, ba
     if spec.gguf is None:
         raise JaxftError(f"{checkpoint.where}, field model_type", f"{spec.model_type!r} cannot be written as GGUF yet")
     model = StreamedDecoder(checkpoint)
-    by_layer: dict[str, np.ndarray] = {}
+    collected: dict[str, Observed] = {}
 
     def run_layer(layer: int, decoder: Decoder, hidden: jax.Array, positions: jax.Array) -> jax.Array:
-        hidden, squares = _observed_layer(*nnx.split(decoder), hidden, positions)
-        for name, total in squares.items():
-            first, *_ = hf_names(tuple(name.split(".")), decoder.config)  # of the only layer of this decoder
+        hidden, observed = _observed_layer(*nnx.split(decoder), hidden, positions)
+        for path, seen in observed.items():
+            first, *_ = hf_names(tuple(path.split(".")), decoder.config)  # of the only layer of this decoder
             name = first.replace(".0.", f".{layer}.", 1)
-            by_layer[name] = by_layer.get(name, 0) + np.asarray(total)
+            # Experts are stacked in GGUF. Linears that the checkpoint keeps as one read the same: any stands for all.
+            name = stacked_name(name) if is_expert(name) else model.layout.decoder[name].names[0]
+            collected[name] = collected[name] + seen if name in collected else seen
         return hidden
 
     model.hidden(tokens, run_layer, batch_size=batch_size)
-    # Linears that the checkpoint keeps as one read the same, so any of them stands for all.
-    sums = {model.layout.decoder[name].names[0]: total for name, total in by_layer.items()}
-    names = gguf_names(sums, spec.gguf.name, model.config.num_hidden_layers)
+    names = gguf_names(collected, spec.gguf.name, model.config.num_hidden_layers)
+    _warn_of_idle_experts(collected)
     return ImportanceMatrix(
-        sums={names[name]: np.atleast_2d(total) for name, total in sums.items()},
-        counts={names[name]: np.full(np.atleast_2d(total).shape[0], tokens.size, "f4") for name, total in sums.items()},
+        sums={names[name]: np.atleast_2d(seen.squares) for name, seen in collected.items()},
+        counts={names[name]: np.atleast_1d(seen.rows) for name, seen in collected.items()},
         dataset=dataset,
         chunk_size=tokens.shape[1],
         chunks=len(tokens),
     )
+
+
+def _warn_of_idle_experts(collected: Mapping[str, Observed]) -> None:
+    idle = sum(int((seen.rows == 0).sum()) for name, seen in collected.items() if name.endswith(".down_proj.weight"))
+    if idle:
+        warn(f"no token went to {idle} experts, which count as evenly important; a longer or more varied text may help")
 
 
 def _rows(checkpoint: Checkpoint, text: str, chunk_size: int, max_chunks: int) -> np.ndarray:
@@ -144,10 +160,10 @@ def _rows(checkpoint: Checkpoint, text: str, chunk_size: int, max_chunks: int) -
 @partial(jax.jit, static_argnames="graphdef")
 def _observed_layer(
     graphdef: nnx.GraphDef, params: nnx.State, hidden: jax.Array, positions: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The layer's output, and the sums of squares before each linear by its path."""
+) -> tuple[jax.Array, dict[str, Observed]]:
+    """The layer's output, and what each linear reads, by its path."""
     flat = parameters(nnx.merge(graphdef, params))
-    weights = {".".join(map(str, path)): v.get_value() for path, v in flat if LAYERS in path and is_quantizable(path)}
+    weights = {".".join(map(str, path)): v.get_value() for path, v in flat if LAYERS in path and is_linear_weight(path)}
 
     def run(weights: dict[str, jax.Array], hidden: jax.Array, positions: jax.Array) -> jax.Array:
         names = [".".join(map(str, path)) for path, _ in flat]
@@ -212,7 +228,7 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
             raise JaxftError(f"{path}, tensor {name}", f"is {entry.type.name}; importance matrices are F32")
         arrays[name] = np.array(stored_bytes(path, entry)).view(np.float32).reshape(entry.shape)
     sums = {name: arrays[name + _SUMS].reshape(-1, arrays[name + _SUMS].shape[-1]) for name in names}
-    missing = [name for name in names if arrays.get(name + _COUNTS, np.empty(0)).size != len(sums[name])]
+    missing = [name for name in names if arrays.get(name + _COUNTS, np.empty(0)).size not in (1, len(sums[name]))]
     if missing or not names:
         raise JaxftError(path, f"is no importance matrix: counts of {', '.join(missing) or 'everything'} are missing")
     metadata = header.metadata

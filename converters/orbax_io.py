@@ -7,6 +7,7 @@ JAX program reads the weights with ``orbax.checkpoint.PyTreeCheckpointer().resto
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
 
 PARAMS = "params"
 FORMAT, VERSION = "jaxft-orbax", 1
+_AT_A_TIME = 2
+# Read and written by several threads, through buffers that are used again: those of whole tensors are fresh memory,
+# which the system has to clear first, every time.
+_CHUNK_BYTES = 1 << 24
 # What Orbax and TensorStore raise for missing and corrupt files.
 _ORBAX_ERRORS = (OSError, ValueError, KeyError, TypeError)
 
@@ -97,7 +102,7 @@ class OrbaxCheckpoint:
 def write_orbax(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) -> Path:
     """Writes `checkpoint` into the folder `path`, each tensor in the dtype that it has, and returns the path.
 
-    One tensor is in memory at a time. The folder appears, complete, when everything is written.
+    Two tensors are in memory at a time. The folder appears, complete, when everything is written.
 
     Raises:
       JaxftError: the folder is not empty or cannot be written to.
@@ -140,8 +145,8 @@ class _Unread:
         return self.checkpoint.read(self.name)
 
 
-class _OneByOne(ocp.type_handlers.NumpyHandler):
-    """Writes `_Unread` leaves as the arrays that they stand for, each when the one before is on disk.
+class _InTurn(ocp.type_handlers.NumpyHandler):
+    """Writes `_Unread` leaves as the arrays that they stand for, each while the one before goes to the disk.
 
     Orbax's own handler begins all writes at once: all tensors would be in memory, and where one fails, the others
     complain on a closed event loop.
@@ -152,16 +157,24 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None) -> list:
         """Ends when everything is written."""
-        for value, info, arg in zip(values, infos, args or [None] * len(values), strict=True):
-            for written in await super().serialize([value.read()], [info], arg and [arg]):
-                written.result()
+        under_way: collections.deque[Any] = collections.deque()
+        try:
+            for value, info in zip(values, infos, strict=True):
+                if len(under_way) == _AT_A_TIME:
+                    under_way.popleft().result()
+                chunked = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
+                under_way.extend(await super().serialize([value.read()], [info], [chunked]))
+        finally:
+            with contextlib.ExitStack() as rest:  # waits for all of them, also where one fails
+                for written in under_way:
+                    rest.callback(written.result)
         return []
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
     """Weights hardly compress, so they are not compressed."""
     handlers = ocp.type_handlers  # that of jax.Array writes what Orbax keeps beside arrays, too
-    registry = handlers.create_type_handler_registry((_Unread, _OneByOne()), (jax.Array, handlers.ArrayHandler()))
+    registry = handlers.create_type_handler_registry((_Unread, _InTurn()), (jax.Array, handlers.ArrayHandler()))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
 
 

@@ -1,14 +1,15 @@
 """safetensors files, tensor by tensor in both directions: https://huggingface.co/docs/safetensors
 
 The safetensors library checks each file that is read. Tensors come as views of a memory map, and a file is written with
-one tensor in memory at a time; the library itself writes only whole files that are in memory, and numpy through it has
+two tensors in memory at a time; the library itself writes only whole files that are in memory, and numpy through it has
 no float8.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -104,11 +105,22 @@ def write_safetensors(path: Path, tensors: Mapping[str, TensorInfo], read: Calla
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     with path.open("wb") as file:
         file.write(_header({name: tensors[name] for name in names}))
-        for name in names:
-            array = read(name)
+        for name, array in _read_ahead(names, read):
             if (array.shape, array.dtype) != tuple(tensors[name]):
                 raise ValueError(f"{name} was announced as {tensors[name]}, but is {array.dtype} {array.shape}")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            del array  # before one more is read
+
+
+def _read_ahead(names: Sequence[str], read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) in order; the next one is read while one is written, so two are in memory at a time."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = [reader.submit(read, name) for name in names[:1]]
+        for i, name in enumerate(names):
+            array = coming.pop().result()
+            coming += [reader.submit(read, following) for following in names[i + 1 : i + 2]]
+            yield name, array
+            del array
 
 
 def nbytes(info: TensorInfo) -> int:

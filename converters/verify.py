@@ -112,6 +112,7 @@ class _Sums:
         self._same_top = self._values = 0
         self._nll = np.zeros(2)
 
+    @np.errstate(invalid="ignore")  # infinite logits make sums of NaN, which agree with nothing
     def add(self, source: np.ndarray, converted: np.ndarray, following: np.ndarray) -> None:
         """Logits [t, V] of both, and the tokens that follow the first of them."""
         self._identical &= bool(np.array_equal(source, converted, equal_nan=True))

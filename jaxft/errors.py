@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
 EXIT_STATUS = 2
 
 
@@ -23,3 +28,12 @@ class JaxftError(Exception):
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}"
         return f"{text}. {self.how}" if self.how else text
+
+
+def refuse_unknown(where: str, unknown: Iterable[str], function: Callable[..., Any]) -> None:
+    """Raises JaxftError for arguments that a function does not have, with the nearest that it has."""
+    known = [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    for name in unknown:
+        nearest = difflib.get_close_matches(name, known, 1)
+        hint = f"Did you mean {nearest[0]}?" if nearest else f"There are: {', '.join(known)}"
+        raise JaxftError(where, f"has no argument {name!r}", hint)

@@ -181,6 +181,8 @@ def state_of(tensors: dict[str, np.ndarray], **fields: Any) -> None:
         (lambda t: t.update({f"{Q_PROJ}.quant_state.bitsandbytes__nf4": np.zeros(3, np.uint8)}), "is not JSON"),
         (lambda t: state_of(t, quant_type="fp4"), "not supported"),
         (lambda t: state_of(t, nested_dtype="bfloat16"), "not supported"),
+        (lambda t: state_of(t, dtype=["float32"]), "not supported"),
+        (lambda t: state_of(t, nested_offset=1e39), "not supported"),
         (lambda t: state_of(t, blocksize=128), r"absmax: is uint8 \[64\] instead of uint8 \[32\]"),
         (lambda t: state_of(t, more=1), "too many or too few fields: more"),
         (lambda t: t.pop(f"{Q_PROJ}.nested_absmax"), "nested_absmax: is missing"),

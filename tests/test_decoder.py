@@ -188,6 +188,7 @@ def test_llama3_rope_blends_between_the_bands():
         ("num_key_value_heads", 3),
         ("head_dim", 7),
         ("vocab_size", 0),
+        ("hidden_act", "relu"),
         ("layer_types", ("full_attention",)),
         ("layer_types", ("sliding_attention",) * 3),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,22 @@ def test_full_disk(tiny_hf_dir: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(gguf_export, "GGUFWriter", FullDisk)
     refuse(HFCheckpoint(tiny_hf_dir), tmp_path / "model.gguf", "f32", "No space left on device")
+
+
+def test_several_types_take_one_pass(tiny_hf_dir: Path, tmp_path: Path) -> None:
+    """Each tensor is read once, and the files are those that a pass of its own gives each type."""
+    source, read = HFCheckpoint(tiny_hf_dir), Counter[str]()
+
+    class Counting(InMemory):
+        def read(self, name: str) -> np.ndarray:
+            read[name] += 1
+            return super().read(name)
+
+    targets = {name: tmp_path / f"{name}.gguf" for name in ("f32", "q8_0", "q4_0")}
+    gguf_export.write_ggufs(Counting(source, {}), targets)
+    assert read == Counter(list(source.tensors))
+    for name, path in targets.items():
+        assert path.read_bytes() == write_gguf(source, tmp_path / "alone.gguf", name, overwrite=True).read_bytes()
 
 
 BAD_VALUES = {"nan": (np.nan, "q8_0"), "infinite": (np.inf, "q8_0"), "too_large": (7e4, "f16"), "scale": (9e6, "q8_0")}

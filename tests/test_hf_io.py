@@ -272,6 +272,10 @@ OPENING: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"tensor a: '/etc/passwd' is not the name",
     ),
     "index with a number": (lambda f: ((f / WEIGHTS).unlink(), _index(f, {"a": 3})), "tensor a: 3 is not the name"),
+    "index with a name too long for a file": (
+        lambda f: ((f / WEIGHTS).unlink(), _index(f, {"a": "x" * 10_000})),
+        "names shards that are missing: xxx",
+    ),
     "index without a map": (lambda f: ((f / WEIGHTS).unlink(), _index(f, {})), "index.json, field weight_map"),
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: cannot be read \(No such file"),
     "config not JSON": (lambda f: _overwrite(f, "config.json", "{"), r"config\.json: is not JSON: .*line 1"),

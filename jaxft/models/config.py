@@ -7,12 +7,14 @@ architecture's name. A fact that varies from layer to layer is a tuple with one 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxft.errors import JaxftError
 
 LayerType = Literal["full_attention", "sliding_attention"]
 MLPLayerType = Literal["dense", "sparse"]
+Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
+ExpertActivation = Literal["silu", "gelu", "gelu_pytorch_tanh", "clamped_swiglu"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
@@ -93,7 +95,7 @@ class MoEConfig:
     topk_group: int = 1
     group_score: Literal["max", "top2"] = "max"
     expert_bias: bool = False
-    expert_act: Literal["silu", "gelu", "gelu_pytorch_tanh", "clamped_swiglu"] = "silu"
+    expert_act: ExpertActivation = "silu"
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0
     scale_inputs: bool = False
@@ -110,6 +112,7 @@ class MoEConfig:
             raise JaxftError("config field n_group", f"{self.n_group} does not divide num_experts {self.num_experts}")
         if self.topk_group > self.n_group:
             raise JaxftError("config field topk_group", f"{self.topk_group} exceeds n_group {self.n_group}")
+        _check_choice("expert_act", self.expert_act, get_args(ExpertActivation))
         choices = self.num_experts // self.n_group * self.topk_group
         if self.num_experts_per_tok > choices:
             raise JaxftError(
@@ -210,7 +213,7 @@ class DecoderConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
-    hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh"] = "silu"
+    hidden_act: Activation = "silu"
     gated_mlp: bool = True
     norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
     norm_bias: bool = False
@@ -263,6 +266,7 @@ class DecoderConfig:
                 "config field num_key_value_heads",
                 f"{self.num_key_value_heads} does not divide num_attention_heads {self.num_attention_heads}",
             )
+        _check_choice("hidden_act", self.hidden_act, get_args(Activation))
         if self.mla is not None:
             _check_mla(self, self.mla)
         for rope in self.ropes.values():
@@ -315,6 +319,11 @@ class DecoderConfig:
     def block_kinds(self) -> tuple[MLPLayerType, ...]:
         """The kinds of blocks, in the order in which they first appear."""
         return tuple(dict.fromkeys(self.mlp_layer_types))
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise JaxftError(f"config field {name}", f"must be one of {', '.join(choices)}, not {value!r}")
 
 
 def _check_mla(config: DecoderConfig, mla: MLAConfig) -> None:
