@@ -6,12 +6,11 @@ import contextlib
 import functools
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
-import ml_dtypes
 import numpy as np
 import yaml
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
@@ -20,9 +19,10 @@ from converters.archs import arch_of
 from converters.archs.base import ArchSpec, GGUFArch
 from converters.archs.gguf_rope import rope_tensors
 from converters.checkpoint import Checkpoint, ExpertCheckpoint
+from converters.gguf_encode import Data, Matrix, write_data
 from converters.gguf_mixes import MIXES, Choice, Mix, ModelFacts, choose_types
 from converters.gguf_mxfp4 import to_blocks
-from converters.gguf_quants import QUANTIZABLE, WEIGHTED, quantize
+from converters.gguf_quants import QUANTIZABLE, WEIGHTED
 from converters.gguf_tensors import GGUFTensor, gguf_tensors
 from converters.gguf_tokenizer import tokenizer_metadata
 from converters.imatrix import ImportanceMatrix
@@ -191,29 +191,44 @@ def _write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for array in extra.values():
-            writer.write_tensor_data(array)
-        for tensor in track(tensors, "writing GGUF"):
-            writer.write_tensor_data(_encoded(checkpoint, layout, arch, tensor))
+    n_values = sum(math.prod(tensor.of.shape) for tensor in tensors if tensor.type in QUANTIZABLE)
+    alignment = writer.data_alignment
+    with path.open("ab") as file:
+        file.write(bytes(-file.tell() % alignment))
+        write_data(file, _data(checkpoint, layout, arch, tensors, extra, alignment), n_values)
 
 
-def _encoded(checkpoint: Checkpoint, layout: Layout, arch: GGUFArch, tensor: _Tensor) -> np.ndarray:
-    """The tensor's bytes; experts are encoded one by one, so that no more than one is held in float32."""
+def _data(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    arch: GGUFArch,
+    tensors: list[_Tensor],
+    extra: dict[str, np.ndarray],
+    alignment: int,
+) -> Iterator[Data]:
+    """What follows the header, each tensor padded to the alignment."""
+    for array in extra.values():
+        yield Matrix(array, GGMLQuantizationType.F32, None, "")
+        yield bytes(-array.nbytes % alignment)
+    for tensor in track(tensors, "writing GGUF"):
+        yield from _matrices(checkpoint, layout, arch, tensor)
+        yield bytes(-tensor.nbytes % alignment)
+
+
+def _matrices(checkpoint: Checkpoint, layout: Layout, arch: GGUFArch, tensor: _Tensor) -> Iterator[Data]:
+    """The tensor; experts one by one, so that no more than one is held in float32."""
     where = f"{checkpoint.where}, tensor {tensor.of.hf_name}"
     if not tensor.of.of_experts:
         array = arch.to_gguf(tensor.of.hf_name, checkpoint.read(tensor.of.hf_name), checkpoint.config)
-        return encode(array, tensor.type, tensor.importance, where)
-    if tensor.as_stored:
+        yield Matrix(array, tensor.type, tensor.importance, where)
+    elif tensor.as_stored:
         weights = (_held_in_mxfp4(checkpoint, part) for part in tensor.of.parts)
-        return np.stack([to_blocks(weight) for weight in weights if weight is not None])
-    read = functools.cache(checkpoint.read)  # HF may hold all experts in one tensor
-    importance = tensor.importance if tensor.importance is not None else [None] * len(tensor.of.parts)
-    return np.stack(
-        [
-            encode(layout.decoder[part].read(read), tensor.type, known, where)
-            for part, known in zip(tensor.of.parts, importance, strict=True)
-        ]
-    )
+        yield from (to_blocks(weight) for weight in weights if weight is not None)
+    else:
+        read = functools.cache(checkpoint.read)  # HF may hold all experts in one tensor
+        importance = tensor.importance if tensor.importance is not None else [None] * len(tensor.of.parts)
+        for part, known in zip(tensor.of.parts, importance, strict=True):
+            yield Matrix(layout.decoder[part].read(read), tensor.type, known, where)
 
 
 def _describe(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
@@ -234,24 +249,3 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     """One key with GGUF's type for the Python type: uint32, float32, bool, string or array."""
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     add.get(type(value), writer.add_array)(key, value)
-
-
-def encode(array: np.ndarray, kind: GGMLQuantizationType, importance: np.ndarray | None, where: object) -> np.ndarray:
-    """The values in a type, as an array whose bytes are those of the file.
-
-    Raises:
-      JaxftError: a value is not finite or too large for the type.
-    """
-    if kind == GGMLQuantizationType.BF16:
-        return np.ascontiguousarray(array.astype(ml_dtypes.bfloat16))
-    try:
-        if kind in QUANTIZABLE:
-            return quantize(array, kind, importance)
-        with np.errstate(over="raise", invalid="raise"):
-            return np.ascontiguousarray(gguf.quants.quantize(array.astype(np.float32, copy=False), kind))
-    except FloatingPointError as error:
-        raise JaxftError(
-            where,
-            f"has values that {kind.name} cannot hold (NaN, infinite, or a scale beyond float16's 65504)",
-            "Write f32 or bf16 instead",
-        ) from error
