@@ -4,8 +4,9 @@ memory.
 Writes a checkpoint of random bfloat16 weights into the folder (once; `--layers` of the model's), then converts it, each
 conversion in a process of its own: to every GGUF type asked for, to Orbax and from there back, and beside them `cp -r`.
 Prints one JSON line for each and a table. Times leave out Python's imports, end when the files are on the disk (fsync),
-and come after the source was read once, so that it is in the page cache if that is large enough. Memory is the highest
-resident set, and the highest anonymous one, which leaves out the pages of mapped files. "libgguf_cores" is how often
+and come after the source was read once, so that it is in the page cache if that is large enough. Memory is that of the
+process and those that it starts: the highest resident set, which counts what they share for each, and the highest
+anonymous one, which leaves out the pages of mapped files. "libgguf_cores" is how often
 the conversion went in the time that libgguf (ggml's own quantizers) takes for quantizing alone on one core, estimated
 from 2^24 values of each type; "of_cp" the same of `cp -r`.
 """
@@ -13,6 +14,7 @@ from 2^24 values of each type; "of_cp" the same of `cp -r`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -30,7 +32,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from benchmarks.load import HostMemory, make
+from benchmarks.load import HostMemory, make, memory_of
 from benchmarks.train import MODELS
 from converters.cli import main as convert
 from converters.gguf_header import read_header
@@ -63,7 +65,7 @@ def run(step: str, arguments: list[str], source: Path, out: Path) -> dict[str, A
     for module in ("converters.orbax_io", "converters.gguf_export", "converters.load", "transformers"):
         importlib.import_module(module)
     start = time.perf_counter()
-    with HostMemory() as host:
+    with ProcessesMemory() as host:
         if step == "cp":
             shutil.rmtree(out, ignore_errors=True)
             subprocess.run(["cp", "-r", str(source), str(out)], check=True)
@@ -73,10 +75,33 @@ def run(step: str, arguments: list[str], source: Path, out: Path) -> dict[str, A
         for path in written:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+        host.look()
     seconds = time.perf_counter() - start
-    # VmHWM: getrusage's figure is the parent's where that was larger.
-    (peak,) = (line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
-    return {"seconds": seconds, "peak_rss": int(peak) * 1024, "peak_anonymous": host.highest}
+    return {"seconds": seconds, "peak_rss": host.resident, "peak_anonymous": host.highest}
+
+
+class ProcessesMemory(HostMemory):
+    """Of this process and its children; `resident` follows all of what is resident."""
+
+    resident = 0
+
+    def look(self) -> None:
+        found = []
+        for pid in (os.getpid(), *children()):
+            with contextlib.suppress(OSError, KeyError):  # it has just ended
+                memory = memory_of(pid)
+                found.append((memory["VmRSS"], memory["RssAnon"]))
+        resident, anonymous = map(sum, zip(*found, strict=True))
+        self.resident, self.highest = max(self.resident, resident), max(self.highest, anonymous)
+
+
+def children() -> list[int]:
+    """The processes that this one started."""
+    pids = []
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            pids += [int(pid) for pid in path.read_text().split()]
+    return pids
 
 
 def seconds_of_libgguf(path: Path) -> float | None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import ml_dtypes
@@ -119,7 +120,7 @@ def load(folder: Path) -> dict[str, Any]:
 class HostMemory:
     """While it is entered, `highest` follows this process' anonymous memory, looked at 50 times a second."""
 
-    def __enter__(self) -> HostMemory:
+    def __enter__(self) -> Self:
         self.highest, self._done = 0, threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -131,9 +132,17 @@ class HostMemory:
 
     def _watch(self) -> None:
         while not self._done.wait(0.02):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            (kib,) = (int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
-            self.highest = max(self.highest, kib * 1024)
+            self.look()
+
+    def look(self) -> None:
+        """Once."""
+        self.highest = max(self.highest, memory_of(os.getpid())["RssAnon"])
+
+
+def memory_of(pid: int) -> dict[str, int]:
+    """The memory of a process in bytes, by Linux's names."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("Rss", "VmRSS"))}
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from converters.archs import arch_of
 from converters.archs.base import GGUFArch
 from converters.checkpoint import Checkpoint
-from converters.gguf_export import architecture_of, encode
+from converters.gguf_encode import encode
+from converters.gguf_export import architecture_of
 from converters.gguf_header import TensorEntry, read_header
 from converters.gguf_import import read_entry
 from converters.gguf_tensors import gguf_names, is_expert

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
-import ml_dtypes
 import numpy as np
 import yaml
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
@@ -20,9 +20,10 @@ from converters.archs import arch_of
 from converters.archs.base import ArchSpec, GGUFArch
 from converters.archs.gguf_rope import rope_tensors
 from converters.checkpoint import Checkpoint, ExpertCheckpoint
+from converters.gguf_encode import Data, Matrix, write_data
 from converters.gguf_mixes import MIXES, Choice, Mix, ModelFacts, choose_types
 from converters.gguf_mxfp4 import to_blocks
-from converters.gguf_quants import QUANTIZABLE, WEIGHTED, quantize
+from converters.gguf_quants import QUANTIZABLE, WEIGHTED
 from converters.gguf_tensors import GGUFTensor, gguf_tensors
 from converters.gguf_tokenizer import tokenizer_metadata
 from converters.imatrix import ImportanceMatrix
@@ -99,14 +100,12 @@ def write_ggufs(
     extra = rope_tensors(config.rope, config.head_dim)
     with contextlib.ExitStack() as files:
         paths = [files.enter_context(new_file(path, overwrite=overwrite)) for path in targets.values()]
-        with contextlib.ExitStack() as writers:
-            opened = [writers.enter_context(contextlib.closing(GGUFWriter(path, arch.name))) for path in paths]
-            for writer, plan, fields in zip(opened, plans, metadata, strict=True):
-                _start(writer, checkpoint, plan, fields, extra)
-            for tensors in track(list(zip(*plans, strict=True)), "writing GGUF"):
-                encoded = _encoded(checkpoint, layout, arch, tensors)
-                for writer, data in zip(opened, encoded, strict=True):
-                    writer.write_tensor_data(data)
+        for path, plan, fields in zip(paths, plans, metadata, strict=True):
+            _write_header(path, checkpoint, arch, plan, fields, extra)
+        opened = [files.enter_context(path.open("ab")) for path in paths]
+        same = list(zip(*plans, strict=True))
+        n_values = sum(math.prod(one.of.shape) for each in same for one in each if one.type in QUANTIZABLE)
+        write_data(_data(checkpoint, layout, arch, same, extra, opened), n_values)
 
 
 def check_quantization(name: str) -> Mix:
@@ -187,50 +186,75 @@ def _metadata(checkpoint: Checkpoint, arch: GGUFArch, config: DecoderConfig, mix
     }
 
 
-def _start(
-    writer: GGUFWriter,
+def _write_header(
+    path: Path,
     checkpoint: Checkpoint,
+    arch: GGUFArch,
     tensors: list[_Tensor],
     metadata: dict[str, Any],
     extra: dict[str, np.ndarray],
 ) -> None:
-    """Writes everything before the tensors' data, and the data of `extra`."""
-    for name, array in extra.items():
-        writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
-    for tensor in tensors:
-        writer.add_tensor_info(tensor.of.name, tensor.of.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
-    _describe(writer, checkpoint)
-    for key, value in metadata.items():
-        _add(writer, key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for array in extra.values():
-        writer.write_tensor_data(array)
+    """Everything before the tensors' data."""
+    with contextlib.closing(GGUFWriter(path, arch.name)) as writer:
+        for name, array in extra.items():
+            writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
+        for tensor in tensors:
+            writer.add_tensor_info(tensor.of.name, tensor.of.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
+        _describe(writer, checkpoint)
+        for key, value in metadata.items():
+            _add(writer, key, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
 
 
-def _encoded(
+def _data(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    arch: GGUFArch,
+    tensors: list[tuple[_Tensor, ...]],
+    extra: dict[str, np.ndarray],
+    files: Sequence[io.BufferedIOBase],
+) -> Iterator[tuple[io.BufferedIOBase, Data]]:
+    """What follows the header of each file; header and tensors are padded to the alignment."""
+
+    def padding(size: int) -> bytes:
+        return bytes(-size % gguf.GGUF_DEFAULT_ALIGNMENT)
+
+    for file in files:
+        yield file, padding(file.tell())
+        for array in extra.values():
+            yield file, Matrix(array, GGMLQuantizationType.F32, None, "")
+            yield file, padding(array.nbytes)
+    for each in track(tensors, "writing GGUF"):
+        for number, data in _matrices(checkpoint, layout, arch, each):
+            yield files[number], data
+        for file, tensor in zip(files, each, strict=True):
+            yield file, padding(tensor.nbytes)
+
+
+def _matrices(
     checkpoint: Checkpoint, layout: Layout, arch: GGUFArch, tensors: Sequence[_Tensor]
-) -> Iterator[np.ndarray]:
-    """The bytes of one tensor for each file, whose types differ; experts are encoded one by one, so that no more than
-    one is held in float32."""
+) -> Iterator[tuple[int, Data]]:
+    """One tensor for each file, by the file's number: their types differ; experts one by one, so that no more than one
+    is held in float32."""
     of = tensors[0].of
     where = f"{checkpoint.where}, tensor {of.hf_name}"
     if not of.experts:
         array = arch.to_gguf(of.hf_name, of.source.read(checkpoint.read), checkpoint.config)
-        yield from (encode(array, tensor.type, tensor.importance, where) for tensor in tensors)
+        for number, tensor in enumerate(tensors):
+            yield number, Matrix(array, tensor.type, tensor.importance, where)
     elif tensors[0].as_stored:
         weights = (_held_in_mxfp4(checkpoint, part) for part in of.experts)
-        yield from [np.stack([to_blocks(weight) for weight in weights if weight is not None])] * len(tensors)
+        for blocks in (to_blocks(weight) for weight in weights if weight is not None):
+            yield from ((number, blocks) for number in range(len(tensors)))
     else:
         read = functools.cache(checkpoint.read)  # HF may hold all experts in one tensor
-        experts: list[list[np.ndarray]] = [[] for _ in tensors]
-        for number, part in enumerate(of.experts):
+        for expert, part in enumerate(of.experts):
             array = layout.decoder[part].read(read)
-            for tensor, done in zip(tensors, experts, strict=True):
-                known = None if tensor.importance is None else tensor.importance[number]
-                done.append(encode(array, tensor.type, known, where))
-        yield from map(np.stack, experts)
+            for number, tensor in enumerate(tensors):
+                known = None if tensor.importance is None else tensor.importance[expert]
+                yield number, Matrix(array, tensor.type, known, where)
 
 
 def _describe(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
@@ -251,24 +275,3 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     """One key with GGUF's type for the Python type: uint32, float32, bool, string or array."""
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     add.get(type(value), writer.add_array)(key, value)
-
-
-def encode(array: np.ndarray, kind: GGMLQuantizationType, importance: np.ndarray | None, where: object) -> np.ndarray:
-    """The values in a type, as an array whose bytes are those of the file.
-
-    Raises:
-      JaxftError: a value is not finite or too large for the type.
-    """
-    if kind == GGMLQuantizationType.BF16:
-        return np.ascontiguousarray(array.astype(ml_dtypes.bfloat16))
-    try:
-        if kind in QUANTIZABLE:
-            return quantize(array, kind, importance)
-        with np.errstate(over="raise", invalid="raise"):
-            return np.ascontiguousarray(gguf.quants.quantize(array.astype(np.float32, copy=False), kind))
-    except FloatingPointError as error:
-        raise JaxftError(
-            where,
-            f"has values that {kind.name} cannot hold (NaN, infinite, or a scale beyond float16's 65504)",
-            "Write f32 or bf16 instead",
-        ) from error

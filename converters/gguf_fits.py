@@ -46,7 +46,8 @@ def fit_affine(x: np.ndarray, weights: np.ndarray, top: int, trials: Trials, *, 
     low, high = lowest_of(x), x.max(axis=0)
     low[low > 0] = 0
     sum_w, sum_x = sum_of(weights), sum_of(weights * x)
-    levels, work, weighted = (np.empty_like(x) for _ in range(3))
+    # What follows goes over few arrays, and in place: its time is the time that memory takes.
+    levels, weighted, work = (np.empty_like(x) for _ in range(3))
     size = np.abs if absolute else np.square
 
     def round_to_levels(inverse: np.ndarray) -> None:
@@ -56,11 +57,12 @@ def fit_affine(x: np.ndarray, weights: np.ndarray, top: int, trials: Trials, *, 
         np.clip(levels, np.float32(0), np.float32(top), out=levels)
 
     def error(scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
-        np.multiply(levels, scale, out=work)
-        np.add(work, minimum, out=work)
-        np.subtract(work, x, out=work)
-        size(work, out=work)
-        return sum_of(np.multiply(work, weights, out=work))
+        """Overwrites the levels."""
+        np.multiply(levels, scale, out=levels)
+        np.add(levels, minimum, out=levels)
+        np.subtract(levels, x, out=levels)
+        size(levels, out=levels)
+        return sum_of(np.multiply(levels, weights, out=levels))
 
     inverse = np.float32(top) / (high - low)
     fit = Affine(1 / inverse, low, inverse, low.copy())
@@ -72,7 +74,7 @@ def fit_affine(x: np.ndarray, weights: np.ndarray, top: int, trials: Trials, *, 
         round_to_levels(inverse)
         sum_l = sum_of(np.multiply(weights, levels, out=weighted))
         sum_xl = sum_of(np.multiply(weighted, x, out=work))
-        sum_l2 = sum_of(np.multiply(weighted, levels, out=work))
+        sum_l2 = sum_of(np.multiply(weighted, levels, out=weighted))
         determinant = sum_w * sum_l2 - sum_l * sum_l
         scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
         minimum = (sum_l2 * sum_x - sum_l * sum_xl) / determinant

@@ -13,9 +13,7 @@ its quantizers of Q8_0 and Q4_0 to Q5_1 take over ten times as long as these.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -44,10 +42,10 @@ from converters.gguf_fits import (
     sum_of,
 )  # fmt: skip
 
-# Values that one thread works on at a time: 1 MB arrays stay in a core's cache. With smaller ones, threads wait for the
-# interpreter's lock, which also makes more threads than these useless.
-_CHUNK = 1 << 18
-_THREADS = min(32, os.cpu_count() or 1)
+# Values that are worked on at a time: with more, the arrays leave the core's cache; with fewer, Python takes longer.
+_CHUNK = 1 << 17
+
+Quantize = Callable[[np.ndarray, GGMLQuantizationType, np.ndarray | None], np.ndarray]
 
 # ggml's trial roundings of K-quants, and those of every affine type where importance is given.
 _Q2_TRIALS, _Q4_TRIALS, _Q5_TRIALS = Trials(-0.5, 0.1, 15), Trials(-1.0, 0.1, 20), Trials(-0.5, 0.1, 15)
@@ -60,8 +58,8 @@ def quantize(matrix: np.ndarray, kind: GGMLQuantizationType, importance: np.ndar
     Args:
       matrix: [..., columns] of float32, float16 or bfloat16; columns a multiple of the type's block.
       kind: a type of `QUANTIZABLE`.
-      importance: float32 [columns], or [experts, columns] for a matrix [experts, rows, columns]: the mean squares of
-        what each column is multiplied by, which weigh its rounding errors. Types not in `WEIGHTED` do without.
+      importance: float32 [columns]: the mean squares of what each column is multiplied by, which weigh its rounding
+        errors. Types not in `WEIGHTED` do without.
 
     Returns:
       uint8 [..., bytes of a row].
@@ -69,19 +67,13 @@ def quantize(matrix: np.ndarray, kind: GGMLQuantizationType, importance: np.ndar
     Raises:
       FloatingPointError: a value is not finite, or a block's float16 scale would not be.
     """
-    if importance is not None and importance.ndim == 2:
-        return np.stack([quantize(expert, kind, row) for expert, row in zip(matrix, importance, strict=True)])
     block, block_bytes = GGML_QUANT_SIZES[kind]
     rows = matrix.reshape(-1, matrix.shape[-1])
     quantized = np.empty((len(rows), rows.shape[1] // block * block_bytes), np.uint8)
     step = max(1, _CHUNK // rows.shape[1])
-
-    def work(start: int) -> None:
+    for start in range(0, len(rows), step):
         some = rows[start : start + step]
         quantized[start : start + step] = _quantize_rows(some, kind, importance).reshape(len(some), -1)
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(work, range(0, len(rows), step)))
     return quantized.reshape(*matrix.shape[:-1], -1)
 
 

@@ -7,7 +7,9 @@ llama.cpp's `llama_model_quantize` does.
 
 from __future__ import annotations
 
+import math
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +17,8 @@ import gguf
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from converters.gguf_export import check_quantization, encode
+from converters.gguf_encode import Data, Matrix, write_data
+from converters.gguf_export import check_quantization
 from converters.gguf_header import MAGIC, Header, TensorEntry, alignment_of, read_header, stored_bytes
 from converters.gguf_import import check_types, read_entry
 from converters.gguf_mixes import Mix, ModelFacts, choose_types, stays_exact
@@ -59,10 +62,9 @@ def requantize(
     alignment = alignment_of(header.metadata, source)
     with new_file(path, overwrite=overwrite) as temporary, temporary.open("wb") as file:
         _write_header(file, source, header, types, changed, alignment)
-        for name, entry in track(list(header.tensors.items()), "requantizing"):
-            file.write(bytes(-file.tell() % alignment))
-            file.write(_data(source, entry, types[name], importance).data)
-        file.write(bytes(-file.tell() % alignment))
+        n_values = sum(math.prod(entry.shape) for n, entry in header.tensors.items() if entry.type != types[n])
+        data = _data(source, header, types, importance, alignment)
+        write_data(((file, item) for item in data), n_values)
     return path
 
 
@@ -85,14 +87,25 @@ def _facts(metadata: dict[str, Any], source: Path, has_importance: bool) -> Mode
 
 
 def _data(
-    source: Path, entry: TensorEntry, kind: GGMLQuantizationType, importance: tuple[Path, ImportanceMatrix] | None
-) -> np.ndarray:
-    """uint8, the bytes of the new file."""
-    if kind == entry.type:
-        return stored_bytes(source, entry)
-    known = None if importance is None else importance[1].of(entry.name, entry.shape, importance[0])
-    encoded = encode(read_entry(source, entry), kind, known, f"{source}, tensor {entry.name}")
-    return encoded.reshape(-1).view(np.uint8)
+    source: Path,
+    header: Header,
+    types: dict[str, GGMLQuantizationType],
+    importance: tuple[Path, ImportanceMatrix] | None,
+    alignment: int,
+) -> Iterator[Data]:
+    """What follows the header, each tensor padded to the alignment."""
+    for name, entry in track(list(header.tensors.items()), "requantizing"):
+        if types[name] == entry.type:
+            yield stored_bytes(source, entry)
+        else:
+            known = None if importance is None else importance[1].of(name, entry.shape, importance[0])
+            yield Matrix(read_entry(source, entry), types[name], known, f"{source}, tensor {name}")
+        yield bytes(-_nbytes(entry, types[name]) % alignment)
+
+
+def _nbytes(entry: TensorEntry, kind: GGMLQuantizationType) -> int:
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return math.prod(entry.shape) // block * block_bytes
 
 
 def _write_header(
@@ -103,7 +116,7 @@ def _write_header(
     changed: dict[str, Any],
     alignment: int,
 ) -> None:
-    """Metadata as it was, but for what is `changed`; where each tensor will lie."""
+    """Metadata as it was, but for what is `changed`; where each tensor will lie; up to the first one's first byte."""
     kept = {key: span for key, span in header.spans.items() if key not in changed}
     file.write(MAGIC + struct.pack("<IQQ", _VERSION, len(header.tensors), len(kept) + len(changed)))
     with source.open("rb") as old:
@@ -116,9 +129,9 @@ def _write_header(
     for name, entry in header.tensors.items():
         file.write(_string(name) + struct.pack(f"<I{len(entry.shape)}Q", len(entry.shape), *entry.shape[::-1]))
         file.write(struct.pack("<IQ", types[name], offset))
-        block, block_bytes = GGML_QUANT_SIZES[types[name]]
-        offset += int(np.prod(entry.shape)) // block * block_bytes
+        offset += _nbytes(entry, types[name])
         offset += -offset % alignment
+    file.write(bytes(-file.tell() % alignment))
 
 
 def _string(text: str) -> bytes:
