@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import ml_dtypes
@@ -120,7 +120,7 @@ def load(folder: Path) -> dict[str, Any]:
 class HostMemory:
     """While it is entered, `highest` follows this process' anonymous memory, looked at 50 times a second."""
 
-    def __enter__(self) -> HostMemory:
+    def __enter__(self) -> Self:
         self.highest, self._done = 0, threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()

@@ -66,7 +66,7 @@ def write_data(file: io.BufferedIOBase, data: Iterable[Data], n_values: int) -> 
             file.write(block)
 
 
-def _encoded(data: Iterable[Data], n: int) -> Generator[bytes | np.ndarray]:
+def _encoded(data: Iterable[Data], n: int) -> Generator[bytes | memoryview]:
     blocks = (part for item in data for part in (item.blocks() if isinstance(item, Matrix) else [item]))
     if n == 1:
         yield from map(partial(_bytes, quantize), blocks)
@@ -75,8 +75,10 @@ def _encoded(data: Iterable[Data], n: int) -> Generator[bytes | np.ndarray]:
         yield from workers.map(partial(_bytes, workers.quantize), blocks)
 
 
-def _bytes(by: Quantize, part: Data) -> bytes | np.ndarray:
-    return encode(*part, by=by).reshape(-1).view(np.uint8) if isinstance(part, Matrix) else part
+def _bytes(by: Quantize, part: Data) -> bytes | memoryview:
+    if isinstance(part, Matrix):
+        part = encode(*part, by=by).reshape(-1).view(np.uint8)
+    return part if isinstance(part, bytes) else part.data
 
 
 def encode(

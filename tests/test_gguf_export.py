@@ -178,11 +178,10 @@ def test_unwritable_folder(tiny_hf_dir: Path, tmp_path: Path) -> None:
 
 
 def test_full_disk(tiny_hf_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class FullDisk(gguf.GGUFWriter):
-        def write_tensor_data(self, *args: Any, **kwargs: Any) -> None:
-            raise OSError(28, "No space left on device")
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gguf_export, "GGUFWriter", FullDisk)
+    monkeypatch.setattr(gguf_export, "write_data", full)
     refuse(HFCheckpoint(tiny_hf_dir), tmp_path / "model.gguf", "f32", "No space left on device")
 
 
