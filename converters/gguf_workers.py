@@ -115,7 +115,7 @@ class _Process:
             failure = self._connection.recv()
             if failure is None:
                 return np.frombuffer(self._connection.recv_bytes(), np.uint8).reshape(*matrix.shape[:-1], -1)
-        except (EOFError, ConnectionError) as error:
+        except (EOFError, OSError) as error:  # OSError: in the middle of a message
             status = self._process.wait()
             raise JaxftError(
                 "quantizing", f"a process for it ended with status {status}", "Is there enough memory?"
@@ -132,7 +132,7 @@ class _Process:
 
 def _serve(connection: Connection) -> None:
     """Quantizes what comes until the other end is closed."""
-    with contextlib.suppress(EOFError, ConnectionError):
+    with contextlib.suppress(EOFError, OSError):  # OSError: in the middle of a message
         while True:
             shape, dtype, kind, importance = connection.recv()
             matrix = np.frombuffer(connection.recv_bytes(), dtype).reshape(shape)
