@@ -34,7 +34,7 @@ _ENVIRONMENT = {
 T = TypeVar("T")
 Result = TypeVar("Result")
 
-# A process takes about as long to start as it does to quantize this many values, several times over.
+# So many values take a second or so, several times as long as a process takes to start.
 _MIN_VALUES = 1 << 23
 _MOST = 32  # each takes about 50 MB
 
