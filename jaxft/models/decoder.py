@@ -86,7 +86,7 @@ class Block(nnx.Module):
         if isinstance(self.mlp, MoE):
             mlp_BTD, load = self.mlp(normed_BTD, info.present, dropout_key, **settings)
         else:
-            mlp_BTD, load = self.mlp(normed_BTD, dropout_key, **settings), None
+            mlp_BTD, load = self.mlp(normed_BTD, dropout_key, keep_output=policy.keeps_mlp_out, **settings), None
         return x_BTD + self._scaled(behind_mlp(mlp_BTD) if behind_mlp else mlp_BTD), cache, load
 
     def _norm(self, name: str | None) -> Norm | None:

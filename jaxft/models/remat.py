@@ -27,9 +27,14 @@ from jaxft.models.layers import ROW_NORMS
 
 LAYER_INPUT = "layer_input"
 MID = "mid"  # the residual stream between attention and MLP
+# What the MLP's last linear gives, where DoRA scales its rows: only the gradient of the magnitudes needs it.
+MLP_OUT = "mlp_out"
 AUTO = "auto"  # the trainer chooses (`jaxft.train.auto_remat`); where nothing trains it means "full"
 # In the order in which a layer makes them.
-CHECKPOINT_NAMES = (LAYER_INPUT, "q", "k", "v", "attn_out", "attn_lse", MID, "gate", "up", "lora_low_rank", ROW_NORMS)
+CHECKPOINT_NAMES = (
+    *(LAYER_INPUT, "q", "k", "v", "attn_out", "attn_lse", MID, "gate", "up", MLP_OUT),
+    *("lora_low_rank", ROW_NORMS),
+)
 
 _LISTS = {"full": (), "offload": (f"{LAYER_INPUT}@host",), "all": CHECKPOINT_NAMES}
 _HOST = "@host"
@@ -62,6 +67,11 @@ class LayerPolicy(NamedTuple):
     def recomputes_mlp(self) -> bool:
         """Whether nothing of the MLP is kept, so that its backward pass had better make all of it again itself."""
         return not (self.everything or {"gate", "up"} & {*self.kept, *self.offloaded})
+
+    @property
+    def keeps_mlp_out(self) -> bool:
+        """Whether the MLP's output is kept for DoRA; to make it again takes a product with the whole weight."""
+        return self.everything or MLP_OUT in {*self.kept, *self.offloaded}
 
 
 class Span(NamedTuple):
