@@ -18,7 +18,7 @@ def lowered_decode(slots: int, dtype: str = "float32") -> str:
     decoder.model.embed_tokens.dtype = dtype  # activations follow it
     sampling = Sampling(1.0)
     state, results = device.Slots.idle(decoder, slots, 64, sampling), device.Results.empty(slots, 64)
-    rest = np.zeros(1, np.int32), np.ones(slots, bool), np.int32(1), False
+    rest = np.zeros(1, np.int32), np.ones(slots, bool), np.int32(1), np.int32(1)
     traced = device.decode.trace(*nnx.split(decoder), state, results, *rest, sampling=sampling)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
