@@ -17,7 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from jaxft.models.attention import Attention, KVCache, SequenceInfo
+from jaxft.models.attention import Attention, KVCache, SequenceInfo, chunk_ids
 from jaxft.models.config import DecoderConfig, LayerFacts, MLPLayerType
 from jaxft.models.decoded import is_decoded, layers_of, straight_scan
 from jaxft.models.labels import is_trainable
@@ -301,7 +301,9 @@ class Decoder(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None, Load | None]:
         """The layers alone, from `embed` to the final norm: (hidden [B, T, D], the new cache, the load of experts)."""
-        info = SequenceInfo(self._rotations(positions, segment_ids, lengths), positions, segment_ids)
+        chunk_size = self.config.attention_chunk_size
+        chunks = None if chunk_size is None else chunk_ids(positions, segment_ids, chunk_size)
+        info = SequenceInfo(self._rotations(positions, segment_ids, lengths), positions, segment_ids, chunks)
         carry = (hidden_BTD, cache)
         loads = []
         for segment in segments(self.config, self.remat):
