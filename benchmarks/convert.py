@@ -3,12 +3,13 @@ memory.
 
 Writes a checkpoint of random bfloat16 weights into the folder (once; `--layers` of the model's), then converts it, each
 conversion in a process of its own: to every GGUF type asked for, to Orbax and from there back, and beside them `cp -r`.
-Prints one JSON line for each and a table. Times leave out Python's imports, end when the files are on the disk (fsync),
-and come after the source was read once, so that it is in the page cache if that is large enough. Memory is that of the
-process and those that it starts: the highest resident set, which counts what they share for each, and the highest
-anonymous one, which leaves out the pages of mapped files. "libgguf_cores" is how often
-the conversion went in the time that libgguf (ggml's own quantizers) takes for quantizing alone on one core, estimated
-from 2^24 values of each type; "of_cp" the same of `cp -r`.
+Prints one JSON line for each and a table. Times leave out Python's imports and come after the source was read once, so
+that it is in the page cache if that is large enough; "seconds" end when the files are on the disk (fsync),
+"unsynced_seconds" when the program ends, which leaves the rest to the system. Memory is that of the process and those
+that it starts: the highest resident set, which counts what they share for each, and the highest anonymous one, which
+leaves out the pages of mapped files. "libgguf_cores" is how often the conversion went in the time that libgguf (ggml's
+own quantizers) takes for quantizing alone on one core, estimated from 2^24 values of each type; "of_cp" the same of
+`cp -r`, on the disk.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +73,23 @@ def run(step: str, arguments: list[str], source: Path, out: Path) -> dict[str, A
             subprocess.run(["cp", "-r", str(source), str(out)], check=True)
         elif convert([arguments[0], arguments[1], str(out), *arguments[2:], "--overwrite"]):
             raise SystemExit(f"{step} failed")
+        unsynced = time.perf_counter() - start
         written = [path for path in (out.rglob("*") if out.is_dir() else [out]) if path.is_file()]
-        for path in written:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        with ThreadPoolExecutor(8) as threads:  # beside each other, as a file system's own sync writes them
+            list(threads.map(_sync, written))
         host.look()
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_rss": host.resident, "peak_anonymous": host.highest}
+    return {
+        "seconds": seconds,
+        "unsynced_seconds": unsynced,
+        "peak_rss": host.resident,
+        "peak_anonymous": host.highest,
+    }
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 class ProcessesMemory(HostMemory):
@@ -144,6 +156,7 @@ def row(step: str, found: dict[str, Any], source: Path, out: Path, cp_seconds: f
     return {
         "step": step,
         "seconds": round(found["seconds"], 2),
+        "unsynced_seconds": round(found["unsynced_seconds"], 2),
         "source_mb": round(megabytes),
         "mb_per_s": round(megabytes / found["seconds"]),
         "of_cp": None if step.startswith("to-gguf") else round(cp_seconds / found["seconds"], 2),

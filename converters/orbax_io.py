@@ -117,23 +117,29 @@ def write_orbax(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) 
         with progress("writing Orbax", len(checkpoint.tensors)) as done:
             tree = {name: _Unread(checkpoint, name, done) for name in checkpoint.tensors}
             try:
-                with _told_once(), ocp.Checkpointer(_handler()) as checkpointer:
+                with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
                     checkpointer.save((folder / PARAMS).absolute(), ocp.args.PyTreeSave(tree))
             except _ORBAX_ERRORS as error:
-                reason = str(error).rpartition(": ")[2]  # TensorStore's longest message ends in the system's words
+                # Orbax' longest message ends in the system's words.
+                reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
                 raise JaxftError(path, f"could not be written ({reason})", "Check the space that is left") from error
     return path
 
 
 @contextlib.contextmanager
-def _told_once() -> Iterator[None]:
-    """Keeps Orbax from logging, with its traceback, an exception that it raises as well."""
-    log, raised = logging.getLogger("absl"), lambda record: not record.exc_info
-    log.addFilter(raised)
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax from logging, with its traceback, an exception that it raises as well, and from warning that without
+    OCDBT it finds none to merge."""
+    log = logging.getLogger("absl")
+
+    def matters(record: logging.LogRecord) -> bool:
+        return not record.exc_info and "Skipping merge of OCDBT" not in str(record.msg)
+
+    log.addFilter(matters)
     try:
         yield
     finally:
-        log.removeFilter(raised)
+        log.removeFilter(matters)
 
 
 @dataclasses.dataclass(frozen=True)

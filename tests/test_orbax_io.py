@@ -121,12 +121,13 @@ def test_nothing_is_half_written(source: HFCheckpoint, tmp_path: Path, monkeypat
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_output_folder(source: HFCheckpoint, tmp_path: Path):
+def test_output_folder(source: HFCheckpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "mine.txt").write_text("keep me")
     with pytest.raises(JaxftError, match="is not empty"):
         write_orbax(source, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     out = write_orbax(source, tmp_path / "out")
+    assert not caplog.records, "Orbax says what nobody asked for"
     assert_same(OrbaxCheckpoint(write_orbax(source, out, overwrite=True)), source)
 
 
