@@ -8,6 +8,7 @@ numpy does not have (https://google.github.io/tensorstore/driver/zarr/).
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,13 @@ def write_array(folder: Path, array: np.ndarray) -> None:
 
 def map_array(folder: Path, info: TensorInfo) -> np.ndarray | None:
     """A read-only view of an array on disk; None where `write_array` did not write one of this shape and dtype."""
-    header, chunk = folder / _HEADER, folder / _chunk(info)
-    if not nbytes(info) or info.dtype.hasobject or not (header.is_file() and chunk.is_file()):
+    header, chunk, expected = folder / _HEADER, folder / _chunk(info), _header(info).encode()
+    if not nbytes(info) or info.dtype.hasobject:
         return None
-    if header.read_text(errors="replace") != _header(info) or chunk.stat().st_size != nbytes(info):
+    if not all(map(os.path.isfile, (header, chunk))):  # not Path.is_file, which raises for names that no file can have
+        return None
+    sizes = (header.stat().st_size, chunk.stat().st_size)
+    if sizes != (len(expected), nbytes(info)) or header.read_bytes() != expected:
         return None
     return np.asarray(np.memmap(chunk, info.dtype, mode="r", shape=info.shape))
 
