@@ -25,6 +25,7 @@ from pallas_kernels.nf4_kernels import (
     Format,
     Linear,
     Tile,
+    by_code,
     fetch,
     linears,
     look_up,
@@ -150,11 +151,6 @@ def _pallas(x: jax.Array, weight: nf4.Weight, format: Format) -> jax.Array:
     return y
 
 
-def _by_code(x: jax.Array) -> jax.Array:
-    """x [M, in] -> [8, M, in / 8]: element j of every word's eight columns."""
-    return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // PER_WORD, PER_WORD), 2, 0)
-
-
 def tensor_core_call(
     x: jax.Array,
     weight: nf4.Weight,
@@ -180,7 +176,7 @@ def tensor_core_call(
     sums = backend.call(
         _tensor_core_kernel,
         *nf4.as_stack(*weight),
-        _by_code(x),
+        by_code(x),
         out=jax.ShapeDtypeStruct((splits, tokens, out), x.dtype if splits == 1 else jnp.float32),
         grid=(-(-out // rows), -(-tokens // block), splits),
         num_warps=num_warps,
