@@ -43,9 +43,9 @@ class Rename:
 class StackExperts:
     """All experts of a layer in one tensor, several linears' (gate and up) side by side or interleaved.
 
-    The decoder's tensors, P for each of E experts, are an array [E, P, ...], whose axes come in the order `axes`; then
-    the axis of P is joined with its neighbour: the one behind it if it comes second (one linear's rows under the
-    other's), else the one before it (their rows or columns in turn).
+    The decoder's tensors, P for each of E experts, are an array [E, P, out, ...], whose axes come in the order `axes`;
+    then those of P and of `out`, which are neighbours, are joined: P first is one linear's rows under the other's (or
+    its columns beside them), P last is rows or columns in turn.
 
     Attributes:
       hf: the end of HF's name.
@@ -98,8 +98,7 @@ class Stack(NamedTuple):
 
     @property
     def hf_shape(self) -> Shape:
-        place = self.axes.index(1)
-        first = place if place == 1 else place - 1
+        first = min(self.axes.index(1), self.axes.index(2))
         shape = self.permuted
         return (*shape[:first], math.prod(shape[first : first + 2]), *shape[first + 2 :])
 

@@ -53,11 +53,11 @@ class LayoutOp(Protocol):
 
 
 def layout_of(shapes: Mapping[str, Shape], ops: Sequence[LayoutOp]) -> Layout:
-    """The layout of a decoder with tensors of these shapes."""
+    """The layout of a decoder with tensors of these shapes; each op is given those that none before it was about."""
     hf: dict[str, Source] = {}
     decoder: dict[str, Source] = {}
     for op in ops:
-        to_hf, to_decoder = op.sources(shapes)
+        to_hf, to_decoder = op.sources({name: shape for name, shape in shapes.items() if name not in decoder})
         hf |= to_hf
         decoder |= to_decoder
     same = {name: Source(shape, (name,), _same) for name, shape in shapes.items() if name not in decoder}

@@ -28,10 +28,11 @@ from jaxft import lora
 from jaxft.lora import LoraConfig
 from jaxft.models import labels
 from jaxft.models.config import DecoderConfig
+from jaxft.models.decoded import decoded_bytes
 from jaxft.models.decoder import Decoder
-from jaxft.models.layers import ROW_NORMS
-from jaxft.models.params import EXPERTS, is_quantizable, parameters
-from jaxft.models.remat import LAYER_INPUT, LayerPolicy, prefetches, spans
+from jaxft.models.layers import EXPERTS, ROW_NORMS, is_quantizable
+from jaxft.models.params import parameters
+from jaxft.models.remat import LAYER_INPUT, MLP_OUT, LayerPolicy, keeps_weights, prefetches, spans
 from jaxft.quant import QUANTIZATIONS, QTensor
 from pallas_kernels.attention_cudnn import number_of_groups
 from pallas_kernels.head_logits import default_chunk_size
@@ -99,7 +100,7 @@ def plan(
     tokens = rows * length
     per_token = _bytes_per_token(decoder)
     return MemoryPlan(
-        weights=_bytes(frozen),
+        weights=_bytes(frozen) + keeps_weights(policy) * decoded_bytes(decoder.config, frozen, _dtype(decoder))[0],
         adapters=adapters,
         optimizer=_bytes(jax.eval_shape(tx.init, trainable)),
         gradients=adapters,
@@ -124,6 +125,7 @@ def _bytes_per_token(decoder: Decoder) -> dict[str, int]:
     c, size = decoder.config, _dtype(decoder).itemsize
     heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     ranks = sum(v.get_value().shape[-2] for path, v in parameters(decoder) if path[-1] == "lora_A")
+    dora = any(path[-2:] == ("down_proj", "lora_magnitude_vector") for path, _ in parameters(decoder))
     sizes = {
         LAYER_INPUT: c.hidden_size,
         "q": heads,
@@ -134,6 +136,7 @@ def _bytes_per_token(decoder: Decoder) -> dict[str, int]:
         "gate": c.mlp_width if c.gated_mlp else 0,
         "up": c.mlp_width,
         "lora_low_rank": ranks,
+        MLP_OUT: c.hidden_size if dora else 0,
         ROW_NORMS: 0,  # nothing for a token
     }
     lse = 4 * c.num_attention_heads  # float32

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import backend
-from pallas_kernels.attention_pallas import DTYPES, LARGEST_HEAD, LOG2E, LOWEST, Facts, raw_logits
+from pallas_kernels.attention_pallas import DTYPES, LARGEST_HEAD, LOG2E, Facts, raw_logits
+from pallas_kernels.attention_spans import LOWEST
 from pallas_kernels.backend import ds, load, program_id, store
 
 PROGRAMS = 264  # twice the multiprocessors of an H100

@@ -19,9 +19,9 @@ where a sink is one more key without a value: m starts at sink log2(e) and l at 
 
 with ds times 1 - raw^2 under a soft cap, and dsink = -sum_t 2^((sink - lse) log2(e)) delta[t].
 
-Which blocks a program visits is decided outside of the kernel from tiny arrays (`_visits`): those between the first
-and the last that hold a seen pair, and among them one run in which every pair is seen and nothing is masked. Everywhere
-else what is not seen is replaced, never multiplied: in raw before the maximum, in p and in ds.
+Which blocks a program visits is decided outside of the kernel (`attention_spans`). In one run of them every pair is
+seen and nothing is masked; everywhere else what is not seen is replaced, never multiplied: in raw before the maximum,
+in p and in ds.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import backend
+from pallas_kernels.attention_spans import LOWEST, number_of_blocks, sinks_backward, spans, visits_of
 from pallas_kernels.backend import ds, load, program_id, store
 
 LOG2E = math.log2(math.e)
-LOWEST = float(np.finfo(np.float32).min)
 LARGEST_HEAD = 256
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -104,12 +103,12 @@ def forward(
     batch, length, num_heads, _ = q.shape
     tiling = tiling or _tilings(q).forward
     facts = _facts(q, k, segment_ids, sinks, scale, sliding_window, soft_cap, tiling)
-    visits = _visits(length, (tiling.own, tiling.other), segment_ids, sliding_window)
+    visits = visits_of(length, (tiling.own, tiling.other), segment_ids, sliding_window)
     return backend.call(
         _attention_forward,
-        *_present(q, k, v, _spans(*visits, axis=-1), segment_ids, sinks),
+        *_present(q, k, v, spans(*visits, axis=-1), segment_ids, sinks),
         out=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)),
-        grid=(num_heads, batch, _blocks(length, tiling.own)),
+        grid=(num_heads, batch, number_of_blocks(length, tiling.own)),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
         facts=facts,
@@ -137,18 +136,18 @@ def backward(
     options = (segment_ids, sinks, scale, sliding_window, soft_cap)
     dq, delta = _queries_backward(q, k, v, out, lse, g, queries_tiling or _tilings(q).queries, *options)
     dk, dv = _keys_backward(q, k, v, lse, delta, g, keys_tiling or _tilings(q).keys, *options)
-    return dq, dk, dv, None if sinks is None else _sinks_backward(sinks, lse, delta)
+    return dq, dk, dv, None if sinks is None else sinks_backward(sinks, lse, delta)
 
 
 def _queries_backward(q, k, v, out, lse, g, tiling, segment_ids, sinks, scale, sliding_window, soft_cap):
     """Returns (dq, delta float32 [B, N, T])."""
     batch, length, num_heads, _ = q.shape
-    visits = _visits(length, (tiling.own, tiling.other), segment_ids, sliding_window)
+    visits = visits_of(length, (tiling.own, tiling.other), segment_ids, sliding_window)
     return backend.call(
         _attention_backward_queries,
-        *_present(q, k, v, out, lse, g, _spans(*visits, axis=-1), segment_ids),
+        *_present(q, k, v, out, lse, g, spans(*visits, axis=-1), segment_ids),
         out=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse.shape, jnp.float32)),
-        grid=(num_heads, batch, _blocks(length, tiling.own)),
+        grid=(num_heads, batch, number_of_blocks(length, tiling.own)),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
         facts=_facts(q, k, segment_ids, sinks, scale, sliding_window, soft_cap, tiling),
@@ -158,22 +157,16 @@ def _queries_backward(q, k, v, out, lse, g, tiling, segment_ids, sinks, scale, s
 def _keys_backward(q, k, v, lse, delta, g, tiling, segment_ids, sinks, scale, sliding_window, soft_cap):
     """Returns (dk, dv)."""
     batch, length, num_kv_heads, _ = k.shape
-    visits = _visits(length, (tiling.other, tiling.own), segment_ids, sliding_window)
+    visits = visits_of(length, (tiling.other, tiling.own), segment_ids, sliding_window)
     return backend.call(
         _attention_backward_keys,
-        *_present(q, k, v, lse, delta, g, _spans(*visits, axis=-2), segment_ids),
+        *_present(q, k, v, lse, delta, g, spans(*visits, axis=-2), segment_ids),
         out=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
-        grid=(num_kv_heads, batch, _blocks(length, tiling.own)),
+        grid=(num_kv_heads, batch, number_of_blocks(length, tiling.own)),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
         facts=_facts(q, k, segment_ids, sinks, scale, sliding_window, soft_cap, tiling),
     )
-
-
-def _sinks_backward(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
-    # sink <= lse except where a row is padding, and there delta is 0.
-    p = jnp.exp(jnp.minimum(sinks.astype(jnp.float32)[None, :, None] - lse, jnp.float32(0)))
-    return -jnp.sum(p * delta, axis=(0, 2)).astype(sinks.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,19 +199,6 @@ def _width(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def _blocks(length: int, block: int) -> int:
-    return -(-length // block)
-
-
-def _padded_blocks(length: int, block: int) -> int:
-    """A power of two of blocks, the last ones empty: XLA for GPUs (jax 0.11.2) gives wrong spans for 3 of them.
-
-    Its program that fuses `_visits` and the reductions of `_spans` permutes blocks there; each of its ops alone is
-    right, and so are powers of two.
-    """
-    return 1 << (_blocks(length, block) - 1).bit_length()
-
-
 def _present(*arguments: jax.Array | None) -> list[jax.Array]:
     return [argument for argument in arguments if argument is not None]
 
@@ -236,68 +216,6 @@ def _facts(q, k, segment_ids, sinks, scale, sliding_window, soft_cap, tiling) ->
         has_segments=segment_ids is not None,
         has_sinks=sinks is not None,
     )
-
-
-def _visits(
-    length: int, blocks: tuple[int, int], segment_ids: jax.Array | None, sliding_window: int | None
-) -> tuple[Any, Any]:
-    """Boolean [B or 1, query blocks, key blocks]: may a pair of these blocks be seen; is every pair of them seen.
-
-    Without segments it is known when the program is made.
-    """
-    xp: Any = np if segment_ids is None else jnp
-    (q_first, q_last, q_whole), (k_first, k_last, k_whole) = (_edges(xp, length, block) for block in blocks)
-    q_first, q_last, q_whole = q_first[:, None], q_last[:, None], q_whole[:, None]
-    k_first, k_last, k_whole = k_first[None, :], k_last[None, :], k_whole[None, :]
-    some = (q_last >= k_first) & (q_first < length) & (k_first < length)
-    every = (q_first >= k_last) & q_whole & k_whole
-    if sliding_window is not None:
-        some, every = some & (q_first - k_last < sliding_window), every & (q_last - k_first < sliding_window)
-    some, every = some[None], every[None]
-    if segment_ids is None:
-        return some, every
-    (q_low, q_high, q_only), (k_low, k_high, k_only) = (_segments_of(segment_ids, block) for block in blocks)
-    some = some & (q_low[:, :, None] <= k_high[:, None, :]) & (k_low[:, None, :] <= q_high[:, :, None])
-    return some, every & (q_only[:, :, None] == k_only[:, None, :]) & (q_only[:, :, None] != 0)
-
-
-def _edges(xp: Any, length: int, block: int) -> tuple[Any, Any, Any]:
-    """Of each block: its first and last row, and whether it is whole."""
-    first = xp.arange(_padded_blocks(length, block), dtype=xp.int32) * xp.int32(block)
-    stop = first + xp.int32(block)
-    return first, xp.minimum(stop, xp.int32(length)) - xp.int32(1), stop <= length
-
-
-def _segments_of(segment_ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """int32 [B, blocks]: the lowest and highest segment in a block, and the only one, or 0 where there is no such.
-
-    Padding is no segment, and a block of nothing else overlaps no range: its lowest is above its highest.
-    """
-    batch, length = segment_ids.shape
-    blocks = _padded_blocks(length, block)
-    ids = jnp.pad(segment_ids, ((0, 0), (0, blocks * block - length))).reshape(batch, blocks, block)
-    limits = jnp.iinfo(jnp.int32)
-    low = jnp.min(jnp.where(ids == 0, jnp.int32(limits.max), ids), axis=-1)
-    high = jnp.max(jnp.where(ids == 0, jnp.int32(limits.min), ids), axis=-1)
-    only = (low == high) & ~jnp.any(ids == 0, axis=-1)
-    return low, high, jnp.where(only, low, 0)
-
-
-def _spans(some: Any, every: Any, axis: int) -> jax.Array:
-    """int32 [B or 1, own blocks, 4]: first <= full_first <= full_stop <= stop along the other side's axis.
-
-    [first, stop) holds all visits, [full_first, full_stop) is the last run of blocks seen as a whole.
-    """
-    xp: Any = np if isinstance(some, np.ndarray) else jnp
-    count = some.shape[axis]
-    index = xp.arange(count, dtype=xp.int32).reshape((1, 1, count) if axis == -1 else (1, count, 1))
-    after = index + xp.int32(1)
-    stop = xp.max(xp.where(some, after, 0), axis=axis, keepdims=True)
-    first = xp.minimum(xp.min(xp.where(some, index, xp.int32(count)), axis=axis, keepdims=True), stop)
-    full_stop = xp.max(xp.where(every, after, 0), axis=axis, keepdims=True)
-    full_first = xp.max(xp.where(~every & (index < full_stop), after, 0), axis=axis, keepdims=True)
-    spans = [first, xp.maximum(full_first, first), xp.maximum(full_stop, first), stop]
-    return jnp.asarray(xp.concatenate([xp.squeeze(span, axis)[:, :, None] for span in spans], axis=-1), jnp.int32)
 
 
 def _walk(span: tuple[jax.Array, ...], repeats: int, step: Any, carry: Any) -> Any:
@@ -384,7 +302,7 @@ def _attention_forward(q_ref, k_ref, v_ref, spans_ref, *refs, facts: Facts):
     out_ref, lse_ref = refs
     own, other = facts.own, facts.other
     head, batch = program_id(0), program_id(1)
-    block = _blocks(facts.length, own) - 1 - program_id(2)  # the longest first
+    block = number_of_blocks(facts.length, own) - 1 - program_id(2)  # the longest first
     kv_head = jax.lax.div(head, facts.group)
     start = block * own
     t = _rows(start, own)
@@ -432,7 +350,7 @@ def _attention_backward_queries(q_ref, k_ref, v_ref, o_ref, lse_ref, g_ref, span
     dq_ref, delta_ref = refs
     own, other = facts.own, facts.other
     head, batch = program_id(0), program_id(1)
-    block = _blocks(facts.length, own) - 1 - program_id(2)
+    block = number_of_blocks(facts.length, own) - 1 - program_id(2)
     kv_head = jax.lax.div(head, facts.group)
     start = block * own
     t = _rows(start, own)

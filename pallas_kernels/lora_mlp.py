@@ -4,7 +4,8 @@
 
 Kept for the backward pass: x, gate, up and the low-rank products of the adapters (named for remat policies), never h,
 which is made again in the pass that makes d_gate and d_up out of d_h (and with `recompute` only x, from which gate and
-up are made again, possibly for a tile of rows at a time, so that no [T, F] array exists whole):
+up are made again, possibly for a tile of rows at a time, so that no [T, F] array exists whole). Where rows of D are
+scaled, their scales' gradient needs y, too: it is kept, or made again by a product with W_D.
 
     d_h = g W_D + d_D A_D      (h, d_gate, d_up) from (gate, up, d_h)
     dx = d_gate W_G + d_up W_U + [d_G d_U] [A_G; A_U]
@@ -60,6 +61,7 @@ def lora_mlp(
     activation: str = "silu",
     dropout: float = 0.0,
     recompute: bool = False,
+    keep_output: bool = False,
     tile: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -72,6 +74,8 @@ def lora_mlp(
       dropout: probability of dropping a value of an adapter's input, in [0, 1); for linears with a dropout_key.
       recompute: keep x instead of gate and up for the backward pass. Better than `jax.checkpoint` around this op, which
         would also make h again for the sake of its product with an adapter.
+      keep_output: where down has a row_scale, keep the result, too, named "mlp_out" for remat policies: its gradient
+        needs it, and a product with down's weight makes it again otherwise. It is as long as x.
       tile: with `recompute`: rows that the backward pass computes at a time (the forward pass, which has fewer arrays
         beside it, takes four times as many); every weight is decoded once, for all tiles. None: all rows. What dropout
         drops depends on it.
@@ -99,7 +103,15 @@ def lora_mlp(
     linears = flatten({"gate": gate, "up": up, "down": down})
     if tile is not None and not (recompute and tile > 0):
         raise ValueError(f"lora_mlp: tile={tile} needs recompute=True and a positive number of rows")
-    static = {"activation": activation, "dropout": dropout, "recompute": recompute, "tile": tile}
+    # Under dropout the scaled rows are a part of the result, which is made again anyway.
+    keep_output = keep_output and down.row_scale is not None and not scales_dropped(down, dropout)
+    static = {
+        "activation": activation,
+        "dropout": dropout,
+        "recompute": recompute,
+        "keep_output": keep_output,
+        "tile": tile,
+    }
     return LORA_MLP(x, **linears, **static, implementation=implementation)
 
 
@@ -113,7 +125,12 @@ class _Static(NamedTuple):
 
     activation: str
     dropout: float
+    keep_output: bool
     tile: int | None
+
+    def output(self, y: jax.Array, down: LoraWeights) -> jax.Array | None:
+        """What to keep of the result y, named: y - bias, or None."""
+        return checkpoint_name(subtract_bias(y, down), "mlp_out") if self.keep_output else None
 
 
 class _Decoded(NamedTuple):
@@ -129,12 +146,13 @@ class _Decoded(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What the forward pass leaves for the backward pass beside x; `low_down` None: to be made again, out of h."""
+    """What the forward pass leaves for the backward pass beside x; None: to be made again, out of h."""
 
     gate: jax.Array
     up: jax.Array
     low: tuple[jax.Array | None, ...]
     low_down: jax.Array | None
+    output: jax.Array | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -152,7 +170,7 @@ def _gate_and_up(static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...]
     shared = linears[:2]
     low = low_rank(x, shared, static.dropout)
     gate, up = (apply(x, *each, static.dropout, packed=packed) for each in zip(shared, low, strict=True))
-    return _Kept(gate, up, low, None)
+    return _Kept(gate, up, low, None, None)
 
 
 def _forward(
@@ -160,11 +178,12 @@ def _forward(
 ) -> tuple[jax.Array, _Kept]:
     """The result and what to keep; `packed` as of `lora_parts.apply`."""
     down = linears[2]
-    gate, up, low, _ = _gate_and_up(static, x, linears, packed=packed)
+    gate, up, low, *_ = _gate_and_up(static, x, linears, packed=packed)
     gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
     h = gated_activation(gate, up, activation=static.activation)
     (low_down,) = low_rank(h, (down,), static.dropout)
-    return apply(h, down, low_down, static.dropout, packed=packed), _Kept(gate, up, low, low_down)
+    y = apply(h, down, low_down, static.dropout, packed=packed)
+    return y, _Kept(gate, up, low, low_down, static.output(y, down))
 
 
 def _mlp_fwd(static, x, linears):
@@ -194,8 +213,7 @@ def _backward(static, x, linears, marks, kept: _Kept, g) -> tuple[jax.Array, tup
     d_h = input_cotangent(down, (g,), d_low, static.dropout)
     h, *d_shared = gated_activation_backward(kept.gate, kept.up, d_h, static.activation)
     low_down = low_rank(h, down, static.dropout) if kept.low_down is None else (kept.low_down,)
-    # What down gave is made again where its rows are scaled: as long as x, and of use to nobody else.
-    d_down = parameter_cotangents(h, down, trains[2:], (g,), low_down, d_low, (None,), static.dropout)
+    d_down = parameter_cotangents(h, down, trains[2:], (g,), low_down, d_low, (kept.output,), static.dropout)
     d_low = low_rank_cotangents(shared, d_shared)
     outputs = [subtract_bias(y, linear) for y, linear in zip(kept[:2], shared, strict=True)]
     found = parameter_cotangents(x, shared, trains[:2], d_shared, kept.low, d_low, outputs, static.dropout)
@@ -207,7 +225,7 @@ _mlp.defvjp(_mlp_fwd, _mlp_bwd, symbolic_zeros=True)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recomputing_mlp(static: _Static, x: jax.Array, linears: tuple[LoraWeights, ...]) -> jax.Array:
-    """`_mlp` that keeps only x, `static.tile` rows at a time."""
+    """`_mlp` that keeps only x, and y where it is to be kept, `static.tile` rows at a time."""
     weights = _decoded(static, linears, x.dtype)
     y, _ = _over_tiles(
         _FORWARD_TILE * (static.tile or 0), weights, lambda x, at: (_forward(static, x, at)[0], ()), (x,)
@@ -218,16 +236,20 @@ def _recomputing_mlp(static: _Static, x: jax.Array, linears: tuple[LoraWeights, 
 def _recomputing_fwd(static, x, linears):
     trains = trained(linears)
     x, linears = x.value, values(linears)
-    return _recomputing_mlp(static, x, linears), (x, linears, _marked(trains))
+    y = _recomputing_mlp(static, x, linears)
+    return y, (x, linears, _marked(trains), static.output(y, linears[2]))
 
 
 def _recomputing_bwd(static, residuals, g):
-    x, linears, marks = residuals
+    x, linears, marks, output = residuals
 
-    def backward(x_tile, g_tile, at):
-        return _backward(static, x_tile, at, marks, _gate_and_up(static, x_tile, at), g_tile)
+    def backward(x_tile, g_tile, *rest):
+        *output_tile, at = rest
+        kept = _gate_and_up(static, x_tile, at)._replace(output=output_tile[0] if output_tile else None)
+        return _backward(static, x_tile, at, marks, kept, g_tile)
 
-    dx, gradients = _over_tiles(static.tile or 0, _decoded(static, linears, x.dtype), backward, (x, g))
+    arrays = (x, g) if output is None else (x, g, output)
+    dx, gradients = _over_tiles(static.tile or 0, _decoded(static, linears, x.dtype), backward, arrays)
     return dx, like_parameters(gradients, linears)
 
 
@@ -284,11 +306,12 @@ def _reference(
     activation: str = "silu",
     dropout: float = 0.0,
     recompute: bool = False,
+    keep_output: bool = False,
     tile: int | None = None,
     **arguments: Any,
 ) -> jax.Array:
     mlp = _recomputing_mlp if recompute else _mlp
-    static = _Static(activation, dropout, tile)
+    static = _Static(activation, dropout, keep_output, tile)
     y = cast(jax.Array, mlp(static, x.reshape(-1, x.shape[-1]), gather(LINEARS, arguments)))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -309,6 +332,7 @@ def _case(
     dropout: float = 0.0,
     tile: int | None = None,
     scaled: bool = False,
+    keep_output: bool = False,
 ) -> Case:
     size, wide = sizes
     shapes = ((wide, size), (wide, size), (size, wide))
@@ -323,6 +347,7 @@ def _case(
             for i, (part, shape, rank) in enumerate(parts)
         }
         static = {"activation": activation, "dropout": dropout, "recompute": tile is not None, "tile": tile}
+        static |= {"keep_output": keep_output}
         return {"x": x, **flatten(linears), **static}
 
     settings = {"bias": bias, "packed": packed, "scaled": scaled}
@@ -341,6 +366,8 @@ LORA_MLP = register(
             _case("all adapted, bias, scaled rows", 7, (24, 40), (4, 4, 4), bias=True, scaled=True),
             _case("over NF4, up without adapter", 5, (34, 66), (3, None, 1), packed=True),
             _case("over NF4, tiles and a rest, scaled", 7, (34, 66), (3, None, 1), packed=True, tile=3, scaled=True),
+            _case("scaled rows, output kept", 5, (34, 66), (3, 1, 2), packed=True, scaled=True, keep_output=True),
+            _case("the same, bias, tiles", 7, (20, 36), (2, 2, 2), bias=True, tile=3, scaled=True, keep_output=True),
             _case("bias, tiles", 8, (20, 36), (2, 2, 2), bias=True, tile=4),
             _case("bias, dropout, gelu", 9, (20, 36), (2, 2, 2), activation="gelu", bias=True, dropout=0.5),
         ),

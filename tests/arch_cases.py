@@ -235,7 +235,9 @@ def arch_config(family: str, case: str) -> dict[str, Any]:
         config = {name: value for name, value in config.items() if name in given or name not in _LLAMAS_OWN}
         config |= {"model_type": family, "architectures": [_architecture(family)]}
     # These nulls say that there is no such thing; that of other fields, that the case does not have the field.
-    said = ("q_lora_rank", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+    said = (
+        "q_lora_rank", "sliding_window", "attention_chunk_size", "attn_logit_softcapping", "final_logit_softcapping"
+    )  # fmt: skip
     return {name: value for name, value in config.items() if value is not None or name in said}
 
 
@@ -278,8 +280,18 @@ GGUF_CASES = {
         ("deepseek_v2", "greedy, q of the token, biases"),
         ("deepseek_v3", "groups, yarn"),
         ("deepseek_v3", "halves, q of the token, all sparse"),
+        ("llama4_text", "chunks, temperature"),
+        ("llama4_text", "dense layers between, two experts, biases"),
+        ("llama4_text", "no norm, no temperature, full attention"),
     }
 }
+
+
+def smallest_in_gguf(family: str) -> str:
+    """The first case that llama.cpp's graph has."""
+    return next(case for case in CASES[family] if (family, case) in GGUF_CASES)
+
+
 EVERY_CASE = [(family, case) for family, cases in CASES.items() for case in cases]
 
 

@@ -140,7 +140,7 @@ def lora_qkv(x, *, dropout, **parameters):
     return tuple(_lora_part(x, name, parameters, dropout) for name in "qkv")
 
 
-def lora_mlp(x, *, activation, dropout, recompute, tile, **parameters):
+def lora_mlp(x, *, activation, dropout, recompute, tile, keep_output, **parameters):
     gate, up = (_lora_part(x, name, parameters, dropout) for name in ("gate", "up"))
     return _lora_part(gated_activation(gate, up, activation=activation), "down", parameters, dropout)
 

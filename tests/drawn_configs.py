@@ -48,8 +48,14 @@ _FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "kv_lora_rank": st.sampled_from(range(6, 30, 2)),  # DeepSeek-V2's class takes pairs as complex numbers
     "q_lora_rank": st.none() | _WIDTHS,
     "norm_topk_prob": st.booleans(),
+    "intermediate_size_mlp": st.integers(10, 60),
+    "attn_temperature_tuning": st.booleans(),
+    "floor_scale": st.integers(1, 6),
+    "attn_scale": st.floats(0.05, 0.5),
+    "interleave_moe_layer_step": st.integers(1, 2),
 }
 _PARTIAL = ("phi3", "stablelm")  # classes that rotate a part of a head
+_ABSOLUTE = ("llama4_text",)  # classes whose scores of experts are never divided by their sum
 _FACTORS = st.floats(1.0, 8.0)
 
 
@@ -78,6 +84,8 @@ def configs(draw: st.DrawFn, family: str) -> dict[str, Any]:
     }
     if "sliding_window" in known:
         config |= draw(_windows(known, layers))
+    if "attention_chunk_size" in known:
+        config |= draw(_chunks(layers))
     if "no_rope_layers" in known:
         config["no_rope_layers"] = draw(st.lists(st.integers(0, 1), min_size=layers, max_size=layers))
     if "kv_lora_rank" in known:
@@ -85,7 +93,8 @@ def configs(draw: st.DrawFn, family: str) -> dict[str, Any]:
         head_dim = config["qk_rope_head_dim"]
     if known & set(_EXPERTS):
         # The only score is 1 whatever the router says, where the chosen ones are divided by their sum.
-        config |= draw(_experts(known, layers, least=2 if config.get("norm_topk_prob", True) else 1))
+        normed = family not in _ABSOLUTE and config.get("norm_topk_prob", True)
+        config |= draw(_experts(known, layers, least=2 if normed else 1))
     if family == "gemma3_text":
         full, sliding = draw(_ropes(head_dim, ("default", "linear"))), draw(_ropes(head_dim, ("default",)))
         return {**config, "rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
@@ -107,6 +116,16 @@ def _windows(draw: st.DrawFn, known: set[str], layers: int) -> dict[str, Any]:
         types = st.sampled_from(("full_attention", "sliding_attention") if window else ("full_attention",))
         fields["layer_types"] = draw(st.lists(types, min_size=layers, max_size=layers))
     return fields
+
+
+@st.composite
+def _chunks(draw: st.DrawFn, layers: int) -> dict[str, Any]:
+    """Shorter than the sequence, or none; in the layers that rotate or in any."""
+    size = draw(st.none() | st.integers(2, 9))
+    if size is None or draw(st.booleans()):
+        return {"attention_chunk_size": size}
+    types = st.sampled_from(("full_attention", "chunked_attention"))
+    return {"attention_chunk_size": size, "layer_types": draw(st.lists(types, min_size=layers, max_size=layers))}
 
 
 def _divisors(n: int) -> st.SearchStrategy[int]:

@@ -30,6 +30,15 @@ _DEEPSEEK_YARN = {
     "mscale": 0.707, "mscale_all_dim": 1.2,
 }  # fmt: skip
 
+_LLAMA4 = {
+    **_SIZES, "intermediate_size": 24, "intermediate_size_mlp": 56, "head_dim": 12, "num_local_experts": 5,
+    "num_experts_per_tok": 1,
+}  # fmt: skip
+_LLAMA4_ROPE = {
+    "rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0,
+    "original_max_position_embeddings": 8,
+}  # fmt: skip
+
 MOE_CASES: dict[str, dict[str, dict[str, Any]]] = {
     "qwen3_moe": {
         "experts": {**_SIZES, **_EXPERTS, "head_dim": 12, "norm_topk_prob": True},
@@ -108,6 +117,22 @@ MOE_CASES: dict[str, dict[str, dict[str, Any]]] = {
         "yarn of one scale, groups": {
             **_DEEPSEEK, "rms_norm_eps": 1e-6, "n_group": 3, "topk_group": 2, "num_hidden_layers": 3,
             "rope_scaling": {**_DEEPSEEK_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    },
+    "llama4_text": {
+        "chunks, temperature": {**_LLAMA4, "no_rope_layers": [1, 0], "attention_chunk_size": 5, "floor_scale": 3},
+        "dense layers between, two experts, biases": {
+            **_LLAMA4, "num_hidden_layers": 5, "interleave_moe_layer_step": 2, "num_experts_per_tok": 2,
+            "attention_chunk_size": 4, "floor_scale": 4, "attn_scale": 0.5, "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+        "no norm, no temperature, full attention": {
+            **_LLAMA4, "num_hidden_layers": 3, "moe_layers": [0, 2], "use_qk_norm": False,
+            "attn_temperature_tuning": False, "attention_chunk_size": None, "num_key_value_heads": 1,
+        },
+        "every fourth": {**_LLAMA4, "num_hidden_layers": 4, "tie_word_embeddings": True},
+        "every fourth, scaled rope": {
+            **_LLAMA4, "num_hidden_layers": 6, "interleave_moe_layer_step": 2, "rope_scaling": _LLAMA4_ROPE,
         },
     },
 }  # fmt: skip

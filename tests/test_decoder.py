@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 
 from jaxft.data.batch import lay_out
 from jaxft.errors import JaxftError
+from jaxft.models.attention import KVCache, attend_to_chunks, chunk_ids
 from jaxft.models.config import DecoderConfig, LayerFacts, RopeConfig
 from jaxft.models.decoder import Decoder, Segment, segment_positions, segments
 from jaxft.models.remat import LayerPolicy
@@ -162,6 +164,32 @@ def test_mixed_layers_scanned_equal_unrolled_and_cached(pattern):
     assert np.abs(hidden_states(full, tokens) - scanned).max() > 1e-3, "the window does nothing"
 
 
+def test_chunks_begin_at_multiples_of_their_size_in_each_document():
+    ids = jnp.array([[4, 4, 4, 4, 4, 7, 7, 7, 0]], jnp.int32)
+    positions = jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 0]], jnp.int32)
+    of = jax.jit(chunk_ids, static_argnums=2)
+    assert of(positions, ids, 2).tolist() == [[1, 1, 2, 2, 3, 4, 4, 5, 0]]
+    one = jnp.array([[-2, -1, 0, 1, 2], [1, 2, 3, 4, 5]], jnp.int32)
+    assert of(one, None, 2).tolist() == [[0, 0, 2, 2, 3], [1, 2, 2, 3, 3]], "negative positions are padding"
+
+
+@pytest.mark.parametrize("slots", [12, 10])
+def test_cached_queries_see_their_own_chunk(slots):
+    """Whether or not the cache is a whole number of chunks."""
+    rng = np.random.default_rng(0)
+    k, v = rng.standard_normal((2, 2, 2, slots, 1, 8), np.float32)
+    q = rng.standard_normal((2, 3, 1, 8), np.float32)
+    positions = np.array([[3, 4, 5], [8, 9, -1]], np.int32)
+    attend = jax.jit(partial(attend_to_chunks, size=4, scale=0.3))
+    found = attend(q, KVCache(jnp.asarray(k), jnp.asarray(v)), positions, layer=jnp.int32(1))
+    for row, t in np.ndindex(positions.shape):
+        position = positions[row, t]
+        seen = slice(max(position, 0) // 4 * 4, position + 1)
+        weights = np.exp(0.3 * k[1, row, seen, 0] @ q[row, t, 0])
+        expected = weights @ v[1, row, seen, 0] / max(weights.sum(), 1e-9)
+        np.testing.assert_allclose(found[row, t, 0], expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("case", [FIRST, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS)])
 def test_cached_steps_equal_the_whole_forward(case):
     config = case_config(case)
@@ -191,6 +219,7 @@ def test_llama3_rope_blends_between_the_bands():
         ("hidden_act", "relu"),
         ("layer_types", ("full_attention",)),
         ("layer_types", ("sliding_attention",) * 3),
+        ("layer_types", ("chunked_attention",) * 3),
     ],
 )
 def test_bad_configs_are_named(field, value):
@@ -198,6 +227,8 @@ def test_bad_configs_are_named(field, value):
     fields = {name: hf[name] for name in (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "max_position_embeddings")}  # fmt: skip
-    name = "sliding_window" if value == ("sliding_attention",) * 3 else field
+    name = {
+        ("sliding_attention",) * 3: "sliding_window", ("chunked_attention",) * 3: "attention_chunk_size",
+    }.get(value, field)  # fmt: skip
     with pytest.raises(JaxftError, match=name):
         DecoderConfig(**{**fields, field: value})

@@ -70,6 +70,16 @@ CONFIGS = {
             "original_max_position_embeddings": 8192,
         },
     },
+    "llama3 without a band": {
+        "rope_theta": 5e5,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 16.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
 }
 
 

@@ -11,6 +11,7 @@ from benchmarks.train import MODELS, random_batch
 from jaxft import lora, losses
 from jaxft.lora import LoraConfig
 from jaxft.models import labels
+from jaxft.models.decoded import frozen_for
 from jaxft.plan import abstract_model
 from jaxft.train.step import make_train_step
 from lowering import h100, kernel_names
@@ -41,7 +42,8 @@ RECOMPUTED = {
 
 
 # DoRA takes the norms of every linear's rows from a product with the packed weight, once a step. For the gradient of
-# the magnitudes it makes what down_proj gave again, of the weight that the backward pass decodes anyway.
+# the magnitudes it makes what down_proj gave again, of the weight that the backward pass decodes anyway: two products,
+# with the weight and with the adapter, which keeping "mlp_out" spares.
 OF_DORA = {"matvec_kernel": 7}
 
 
@@ -52,6 +54,7 @@ def lowered_step(remat: str, use_dora: bool = False) -> str:
     else:
         decoder = with_adapter(decoder)
     graphdef, trainable, frozen = labels.split(decoder)
+    frozen = frozen_for(decoder, frozen)
     tx = optax.sgd(1.0)
     batch = batch_of(random_examples([9, 4, 12, 7]), [[0, 1], [2, 3]], 32)
     step = make_train_step(graphdef, losses.sft, tx)
@@ -67,12 +70,21 @@ def test_the_kernels_are_in_the_step_once_each_where_expected(remat: str) -> Non
     assert counts == {name: count + again.get(name, 0) for name, count in WITHOUT_REMAT.items()}
 
 
+def test_decoded_weights_are_not_decoded_again() -> None:
+    with h100():
+        counts = kernel_names(lowered_step("none,weights"))
+    assert "nf4_dequantize" not in counts
+    assert counts["attention_forward"] == 2  # straight code: one for each layer
+
+
 @pytest.mark.slow
 def test_dora_has_the_same_kernels_and_a_product_for_its_norms() -> None:
     with h100():
-        counts = kernel_names(lowered_step("full", use_dora=True))
+        plain, full, kept = lowered_step("mlp_out"), *(lowered_step(p, use_dora=True) for p in ("full", "mlp_out"))
     expected = {name: count + RECOMPUTED.get(name, 0) for name, count in WITHOUT_REMAT.items()}
-    assert counts == {**expected, **OF_DORA}
+    assert kernel_names(plain) == expected
+    assert kernel_names(full) == kernel_names(kept) == {**expected, **OF_DORA}
+    assert full.count("dot_general") == kept.count("dot_general") + 2
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="the default there is what the test above shows")

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import gguf_files
-from arch_cases import GGUF_CASES, arch_config
+from arch_cases import arch_config, smallest_in_gguf
 from converters.archs import ARCHS
 from converters.gguf_export import write_gguf
 from converters.gguf_header import read_header
@@ -31,11 +31,6 @@ from tiny import write_tiny_hf
 FAMILIES = [family for family in MOE_CASES if ARCHS[family].gguf is not None]
 
 
-def smallest(family: str) -> str:
-    """The first case that llama.cpp's graph has."""
-    return next(case for case in MOE_CASES[family] if (family, case) in GGUF_CASES)
-
-
 def without_aux_loss(config: DecoderConfig) -> DecoderConfig:
     """GGUF does not say how the router was trained."""
     assert config.moe is not None
@@ -44,7 +39,7 @@ def without_aux_loss(config: DecoderConfig) -> DecoderConfig:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_bit_comes_back(family: str, tmp_path: Path) -> None:
-    config = arch_config(family, smallest(family))
+    config = arch_config(family, smallest_in_gguf(family))
     source = HFCheckpoint(write_tiny_hf(tmp_path / "hf", config))
     write_gguf(source, tmp_path / "model.gguf", "f32")
     back = GGUFCheckpoint(tmp_path / "model.gguf")
@@ -61,7 +56,7 @@ def test_experts_are_stacked_by_linear(tmp_path: Path) -> None:
         ("mixtral", "model.layers.1.block_sparse_moe.experts.{}.w3.weight"),
         ("granitemoe", "model.layers.1.block_sparse_moe.input_linear.weight"),
     ):
-        source = HFCheckpoint(write_tiny_hf(tmp_path / family, arch_config(family, smallest(family))))
+        source = HFCheckpoint(write_tiny_hf(tmp_path / family, arch_config(family, smallest_in_gguf(family))))
         write_gguf(source, tmp_path / f"{family}.gguf", "q8_0")
         header = read_header(tmp_path / f"{family}.gguf")
         name = "llama" if family == "mixtral" else family
@@ -78,7 +73,7 @@ def test_experts_are_stacked_by_linear(tmp_path: Path) -> None:
 def test_experts_are_quantized_one_by_one(tmp_path: Path) -> None:
     """By a quantizer's own bytes, and again by `requantize`, which takes the mix of experts from the file."""
     fields = {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 3}
-    config = {**arch_config("mixtral", smallest("mixtral")), **fields}
+    config = {**arch_config("mixtral", smallest_in_gguf("mixtral")), **fields}
     source = HFCheckpoint(write_tiny_hf(tmp_path / "hf", config))
     for quantization in ("q8_0", "f32"):
         write_gguf(source, tmp_path / f"{quantization}.gguf", quantization)
@@ -98,6 +93,8 @@ def test_experts_are_quantized_one_by_one(tmp_path: Path) -> None:
         ("qwen3_moe", "dense layers between, biases", "config field qkv_bias: this GGUF architecture cannot say True"),
         ("qwen2_moe", "windows, dense layers", "config field norm_topk_prob: .* cannot say True"),
         ("olmoe", "experts", "config field num_key_value_heads: .* cannot say 2"),
+        ("deepseek_v2", "groups, yarn", "config field topk_method: .* two best experts"),
+        ("llama4_text", "chunks, temperature", "config field layer_types: .* cannot say"),
         ("gpt_oss", "three layers, tight clamp", "config field swiglu_alpha: .* cannot say 1.2"),
     ],
 )
@@ -132,7 +129,7 @@ def test_adapters_of_experts_are_refused(tmp_path: Path) -> None:
     from converters.peft_io import make_adapter
     from jaxft.lora import LoraConfig
 
-    source = HFCheckpoint(write_tiny_hf(tmp_path / "hf", arch_config("mixtral", smallest("mixtral"))))
+    source = HFCheckpoint(write_tiny_hf(tmp_path / "hf", arch_config("mixtral", smallest_in_gguf("mixtral"))))
     module = "model.layers.0.block_sparse_moe.experts.0.w1"
     rows, columns = source.tensors[f"{module}.weight"].shape
     tensors: dict[str, Any] = {

@@ -46,6 +46,8 @@ def write(folder: Path, config: dict[str, Any]) -> Path:
         ("gpt_oss", "experts"),
         ("deepseek_v2", "groups, yarn"),
         ("deepseek_v3", "groups, yarn"),
+        ("llama4_text", "chunks, temperature"),
+        ("llama4_text", "dense layers between, two experts, biases"),
     ],
 )
 def test_peft_computes_what_our_adapter_of_experts_does(family: str, case: str, tmp_path: Path) -> None:
@@ -81,7 +83,7 @@ def test_peft_computes_what_our_adapter_of_experts_does(family: str, case: str, 
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")  # of parameters
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", "qwen3_moe", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", "qwen3_moe", "mixtral", "deepseek_v3", "llama4_text"])
 def test_what_peft_saves_of_all_experts_at_once_is_read(family: str, tmp_path: Path) -> None:
     """peft's target_parameters: A of gate_up_proj is shared by gate and up, so their ranks are the parameter's."""
     import torch
@@ -110,7 +112,8 @@ def test_what_peft_saves_of_all_experts_at_once_is_read(family: str, tmp_path: P
     np.testing.assert_allclose(model(ids), expected, atol=2 * TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", [f for f in MOE_CASES if "deepseek" not in f])  # transformers' have no such loss
+# transformers' classes of the others have no such loss.
+@pytest.mark.parametrize("family", [f for f in MOE_CASES if f not in ("deepseek_v2", "deepseek_v3", "llama4_text")])
 def test_the_load_balancing_loss_is_transformers(family: str) -> None:
     import torch
 

@@ -315,6 +315,15 @@ def test_what_cudnn_refuses_the_next_implementation_takes(q, kv, options, choice
     assert reason in explanation.others.get("cudnn", "")
 
 
+@pytest.mark.parametrize(("length", "choice"), [(255, "xla"), (256, "blocks")])
+def test_long_rows_run_in_blocks_on_a_cpu(length: int, choice: str) -> None:
+    q, kv = half(1, length, 8, 64), half(1, length, 2, 64)
+    explanation = explain("attention", q, kv, kv, scale=0.1)
+    assert explanation.choice.implementation == choice
+    other = {"xla": "blocks", "blocks": "xla"}[choice]
+    assert explanation.others[other] == f"{choice} is faster here"
+
+
 def test_a_changed_jax_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(attention_cudnn._EXPECTED, "_dot_product_attention_fwd", ["query"])
     assert "other arguments" in str(attention_cudnn._refuses_jax.__wrapped__())

@@ -13,6 +13,7 @@ from converters.archs.gpt_oss import GPT_OSS
 from converters.archs.granite import GRANITE
 from converters.archs.granitemoe import GRANITE_MOE
 from converters.archs.llama import LLAMA
+from converters.archs.llama4 import LLAMA4
 from converters.archs.mistral import MISTRAL
 from converters.archs.mixtral import MIXTRAL
 from converters.archs.olmo2 import OLMO2
@@ -52,6 +53,7 @@ ARCHS: dict[str, ArchSpec] = {
         GPT_OSS,
         DEEPSEEK_V2,
         DEEPSEEK_V3,
+        LLAMA4,
     )
 }
 

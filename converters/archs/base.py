@@ -68,6 +68,11 @@ class ConfigReader:
         if value != default and value is not None:
             raise self.refuse(name, value, repr(default))
 
+    def ignore(self, *names: str) -> None:
+        """These say nothing of what transformers' class computes, or say again what other fields say."""
+        for name in names:
+            self._left.pop(name, None)
+
     def finish(self) -> None:
         """Refuses whatever was not asked for."""
         if self._left:

@@ -10,16 +10,13 @@ from jaxft.models.config import DecoderConfig
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
-    bias = reader.take("attention_bias", False)
-    fields = read_common(reader, eps="layer_norm_eps", interleaved=True)
+    fields = read_common(reader, eps="layer_norm_eps", interleaved=True, attention_bias=False)
     return DecoderConfig(
         **fields,
         norm="layer_norm",
         parallel_block=True,
         qk_norm="each_head" if reader.take("use_qk_norm", False) else None,
         logit_scale=reader.take("logit_scale"),
-        qkv_bias=bias,
-        o_bias=bias,
     )
 
 

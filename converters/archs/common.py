@@ -14,6 +14,7 @@ from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig, LayerType, RopeKind
 
 RMS_EPS, LAYER_NORM_EPS = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
+WINDOW = "attention.sliding_window"
 
 
 def read_common(
@@ -22,6 +23,7 @@ def read_common(
     activation: str = "hidden_act",
     eps: str = "rms_norm_eps",
     interleaved: bool = False,
+    attention_bias: bool | None = None,
 ) -> dict[str, Any]:
     """The fields of DecoderConfig that nearly every family has.
 
@@ -29,11 +31,15 @@ def read_common(
       reader: of the model's config.
       activation, eps: how the family spells those.
       interleaved: as of `RopeConfig`.
+      attention_bias: whether all of attention's linears have a bias where no field says it; None: the family has no
+        such field.
     """
     hidden, heads = reader.take("hidden_size"), reader.take("num_attention_heads")
     longest = reader.take("max_position_embeddings")
     reader.expect("attention_dropout", 0.0)
+    bias = None if attention_bias is None else reader.take("attention_bias", attention_bias)
     return {
+        **({} if bias is None else {"qkv_bias": bias, "o_bias": bias}),
         "vocab_size": reader.take("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": reader.take("intermediate_size"),
@@ -69,6 +75,13 @@ def read_optional_windows(reader: ConfigReader, layers: int, types: Sequence[Lay
     used = reader.take("use_sliding_window", False)
     windows = read_windows(reader, layers, types)
     return windows if used else {}
+
+
+def read_rotating_layers(reader: ConfigReader, layers: int) -> list[bool]:
+    """`no_rope_layers`, where a 1 is a layer that does rotate; without it all but every `no_rope_layer_interval`-th."""
+    period = reader.take("no_rope_layer_interval", 4)
+    rotates = reader.take("no_rope_layers", None) or [(i + 1) % period for i in range(layers)]
+    return [bool(rotates[i]) for i in range(layers)]
 
 
 def read_common_gguf(

@@ -16,8 +16,7 @@ SHARED_EXPERTS = Rename("mlp.shared_experts", "mlp.shared_expert")
 
 def deepseek_fields(reader: ConfigReader, *, interleaved: bool, routing: dict[str, Any]) -> dict[str, Any]:
     """The fields of DecoderConfig; `routing` are some of MoEConfig."""
-    for name in ("pretraining_tp", "ep_size", "aux_loss_alpha", "seq_aux"):  # of training, and of the reference's speed
-        reader.take(name, None)
+    reader.ignore("pretraining_tp", "ep_size", "aux_loss_alpha", "seq_aux")  # of training, and of the reference's speed
     sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     mla = MLAConfig(q_lora_rank=reader.take("q_lora_rank", None), **{name: reader.take(name) for name in sizes})
     reader.expect("qk_head_dim", mla.qk_head_dim)

@@ -85,7 +85,7 @@ def _write(config: DecoderConfig) -> dict[str, int | float | str]:
         check_fact("q_lora_rank", mla.q_lora_rank, (None,))
     if config.rms_norm_eps != 1e-6:
         warn(f"llama.cpp gives the norms of latent vectors rms_norm_eps {config.rms_norm_eps:g}, too; theirs is 1e-06")
-    yarn = config.rope.kind == "yarn"
+    routing, yarn = _routing(config), config.rope.kind == "yarn"
     common = write_common_gguf(
         config,
         said=("moe", "mla"),
@@ -99,8 +99,8 @@ def _write(config: DecoderConfig) -> dict[str, int | float | str]:
         config,
         widths=_WIDTHS,
         said=("norm_topk_prob", "routed_scaling_factor", "shared_expert_intermediate_size"),
-        dense=dense,
-        **_routing(config),
+        layers=("dense",) * dense + ("sparse",) * (config.num_hidden_layers - dense),
+        **routing,
     )
     return {
         **common,
@@ -127,9 +127,14 @@ def _routing(config: DecoderConfig) -> dict[str, Any]:
     """What of it llama.cpp's graph can compute: the scores' kind is a key, groups count as their two best experts."""
     moe = config.moe
     assert moe is not None
-    groups = {"n_group": moe.n_group, "topk_group": moe.topk_group} if moe.group_score == "top2" else {}
-    kind = {"scoring_func": moe.scoring_func, "score_correction_bias": moe.score_correction_bias}
-    return {**kind, **groups, "group_score": moe.group_score}
+    if moe.n_group > 1 and moe.group_score != "top2":
+        raise JaxftError(
+            "config field topk_method",
+            "this GGUF architecture cannot say group_limited_greedy: llama.cpp chooses groups by the sum of their two "
+            "best experts, whatever the file says, and this model by their best one",
+        )
+    said = ("scoring_func", "score_correction_bias", "n_group", "topk_group", "group_score")
+    return {name: getattr(moe, name) for name in said}
 
 
 def _multiplier(config: DecoderConfig) -> float:

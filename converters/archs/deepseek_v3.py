@@ -16,8 +16,7 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     reader.expect("topk_method", "noaux_tc")
     # Layers behind the last one, which predict more tokens: they are no part of the decoder, and their tensors are
     # refused by name.
-    for name in ("num_nextn_predict_layers", "num_mtp_layers"):
-        reader.take(name, 0)
+    reader.ignore("num_nextn_predict_layers", "num_mtp_layers")
     routing = {
         "scoring_func": "sigmoid",
         "score_correction_bias": True,

@@ -11,18 +11,15 @@ from jaxft.models.config import DecoderConfig
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
-    bias = reader.take("attention_bias", False)
     reader.expect("use_bidirectional_attention", False)
     # The first releases say "gelu" where they mean its tanh approximation; transformers corrects that, too.
     activation = reader.take("hidden_activation", None)
-    fields = read_common(reader)
+    fields = read_common(reader, attention_bias=False)
     fields["hidden_act"] = activation or {"gelu": "gelu_pytorch_tanh"}.get(fields["hidden_act"], fields["hidden_act"])
     return DecoderConfig(
         **fields,
         norm_weight_offset=1.0,
         embedding_multiplier=fields["hidden_size"] ** 0.5,
-        qkv_bias=bias,
-        o_bias=bias,
     )
 
 

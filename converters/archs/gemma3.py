@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
-from converters.archs.common import every, read_common_gguf, write_common_gguf
-from converters.archs.gemma2 import GEMMA_DEFAULTS, gemma_attention_scale, gemma_fields
+from converters.archs.gemma_shared import GEMMA_DEFAULTS, gemma_fields, read_gemma_gguf, write_gemma_gguf
 from converters.archs.rope import rope_of
 from converters.tensor_ops import ADD_ONE_TO_NORMS
 from jaxft.models.config import DecoderConfig
 
-_WINDOW, _LOCAL_THETA = "attention.sliding_window", "rope.freq_base_swa"
+_LOCAL_THETA, _LARGEST = "rope.freq_base_swa", 62
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
@@ -32,32 +31,16 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
 
 
 def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
-    fields = read_common_gguf(reader, hidden_act="gelu_pytorch_tanh", activation="hidden_activation")
     local = {"rope_type": "default", "rope_theta": reader.number(_LOCAL_THETA, 10_000.0)}
-    return {
-        **fields,
-        "attention_bias": False,
-        "query_pre_attn_scalar": round(gemma_attention_scale(fields, 62) ** -2),
-        "sliding_window": reader.size(_WINDOW),
-        "rope_parameters": {"full_attention": fields["rope_parameters"], "sliding_attention": local},
-    }
+    fields = read_gemma_gguf(reader, largest=_LARGEST)
+    return {**fields, "rope_parameters": {"full_attention": fields["rope_parameters"], "sliding_attention": local}}
 
 
 def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
-    keys = write_common_gguf(
-        config,
-        said=("local_rope",),
-        hidden_act="gelu_pytorch_tanh",
-        norm_placement="sandwich",
-        norm_weight_offset=1.0,
-        embedding_multiplier=config.hidden_size**0.5,
-        attention_scale=gemma_attention_scale(vars(config), 62),
-        layer_types=every(config.num_hidden_layers, 6),
-        qk_norm="head",
-        rope_kinds=("default", "linear"),
-    )
+    graph = {"said": ("local_rope",), "qk_norm": "head", "rope_kinds": ("default", "linear")}
+    keys = write_gemma_gguf(config, period=6, largest=_LARGEST, **graph)
     assert config.local_rope is not None
-    return {**keys, _WINDOW: config.sliding_window or 0, _LOCAL_THETA: config.local_rope.theta}
+    return {**keys, _LOCAL_THETA: config.local_rope.theta}
 
 
 GEMMA3 = ArchSpec(

@@ -23,8 +23,10 @@ _ORIGINAL = "rope.scaling.original_context_length"
 FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
 _BETA_FAST, _BETA_SLOW = "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"
 
-# Every Llama 3.1 to 3.3 model has these; only `factor` differs (8 or 32).
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# What models have in rope_type "llama3", beside a `factor` of their own: Llama 3.1 to 3.3, and Llama 4.
+_LLAMA3 = tuple(
+    {"low_freq_factor": 1.0, "high_freq_factor": high, "original_max_position_embeddings": 8192} for high in (4.0, 1.0)
+)
 
 
 def read_gguf_rope(reader: MetadataReader) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def rope_divisors(rope: RopeConfig, head_dim: int) -> np.ndarray:
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     wavelengths = np.float32(2 * math.pi) * np.float32(rope.theta) ** exponents
     turns = rope.original_max_position_embeddings / wavelengths
-    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor or 1e-9), 0, 1)
     divisors = 1 / ((1 - smooth) / rope.factor + smooth)
     divisors[turns > rope.high_freq_factor] = 1
     divisors[turns < rope.low_freq_factor] = rope.factor
@@ -124,13 +126,13 @@ def recognise_llama3(
     if rope_parameters["rope_type"] != "default":
         raise JaxftError(tensor, f"cannot be combined with rope scaling {rope_parameters['rope_type']!r}")
     factor = float(divisors.max())
-    fields = {"rope_type": "llama3", "factor": factor, **_LLAMA3}
-    rope = RopeConfig(rope_parameters["rope_theta"], "llama3", factor, **_LLAMA3)
-    expected = rope_divisors(rope, head_dim)
-    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-5, atol=0):
-        raise JaxftError(
-            tensor,
-            f"holds frequency divisors of shape {list(divisors.shape)} up to {factor:g} that are not Llama 3's scaling "
-            f"({', '.join(f'{k} {v:g}' for k, v in _LLAMA3.items())})",
-        )
-    return {**rope_parameters, **fields}
+    for fields in _LLAMA3:
+        expected = rope_divisors(RopeConfig(rope_parameters["rope_theta"], "llama3", factor, **fields), head_dim)
+        if divisors.shape == expected.shape and np.allclose(divisors, expected, rtol=1e-5, atol=0):
+            return {**rope_parameters, "rope_type": "llama3", "factor": factor, **fields}
+    known = " or ".join(", ".join(f"{name} {value:g}" for name, value in fields.items()) for fields in _LLAMA3)
+    raise JaxftError(
+        tensor,
+        f"holds frequency divisors of shape {list(divisors.shape)} up to {factor:g} that are not Llama 3's scaling "
+        f"({known})",
+    )

@@ -8,15 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
-from converters.archs.common import every, read_common, read_common_gguf, read_windows, write_common_gguf
-from converters.archs.moe import read_moe, read_moe_gguf, write_moe_gguf
-from converters.expert_layout import Rename, StackExperts
+from converters.archs.common import WINDOW, every, read_common, read_common_gguf, read_windows, write_common_gguf
+from converters.archs.moe import expert_stacks, read_moe, read_moe_gguf, write_moe_gguf
+from converters.expert_layout import Rename
 from jaxft.models.config import DecoderConfig
 
-# gate and up in turn: columns 0, 2, 4, ... and 1, 3, 5, ...; weights are [in, out].
-_GATE_UP, _DOWN = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"), ("mlp.experts.{}.down_proj",)
-
-_WINDOW, _WIDTHS = "attention.sliding_window", ("moe_intermediate_size",)
+_WIDTHS = ("moe_intermediate_size",)
 
 # Of transformers' GptOssConfig.
 _ROPE = {
@@ -30,16 +27,12 @@ _ROPE = {
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
-    fields = read_common(reader)
-    layers, bias = fields["num_hidden_layers"], reader.take("attention_bias", True)
-    # Other spellings of fields that are there, and fields that transformers' class does not look at.
-    for name in ("experts_per_token", "initial_context_length"):
-        reader.take(name, None)
+    fields = read_common(reader, attention_bias=True)
+    layers = fields["num_hidden_layers"]
+    reader.ignore("experts_per_token", "initial_context_length")  # older names of fields that are there
     return DecoderConfig(
         **fields,
         **read_windows(reader, layers, every(layers, 2)),
-        qkv_bias=bias,
-        o_bias=bias,
         attention_sinks=True,
         moe=read_moe(
             reader,
@@ -63,7 +56,7 @@ def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
     fields["intermediate_size"] = fields.pop("moe_intermediate_size")
     if fields["rope_parameters"]["rope_type"] == "yarn":
         fields["rope_parameters"]["truncate"] = False
-    return {**fields, "sliding_window": reader.size(_WINDOW)}
+    return {**fields, "sliding_window": reader.size(WINDOW)}
 
 
 def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
@@ -78,17 +71,11 @@ def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
         yarn_truncate=False,
     )
     graph = {"norm_topk_prob": True, "router_bias": True, "expert_bias": True, "expert_act": "clamped_swiglu"}
-    return {**keys, **write_moe_gguf(config, widths=_WIDTHS, **graph), _WINDOW: config.sliding_window or 0}
+    return {**keys, **write_moe_gguf(config, widths=_WIDTHS, **graph), WINDOW: config.sliding_window or 0}
 
 
-def _of(parts: tuple[str, ...], kind: str) -> tuple[str, ...]:
-    return tuple(f"{part}.{kind}" for part in parts)
-
-
-_WEIGHTS = (
-    StackExperts("mlp.experts.gate_up_proj", _of(_GATE_UP, "weight"), (0, 3, 2, 1)),
-    StackExperts("mlp.experts.down_proj", _of(_DOWN, "weight"), (0, 3, 2, 1)),
-)
+# gate and up in turn: columns 0, 2, 4, ... and 1, 3, 5, ...; weights are [in, out].
+_WEIGHTS = expert_stacks((0, 3, 2, 1))
 
 GPT_OSS = ArchSpec(
     model_type="gpt_oss",
@@ -104,11 +91,6 @@ GPT_OSS = ArchSpec(
         "rope_theta": 150_000.0,
         "rope_scaling": _ROPE,
     },
-    layout=(
-        Rename("mlp.router", "mlp.gate"),
-        *_WEIGHTS,
-        StackExperts("mlp.experts.gate_up_proj_bias", _of(_GATE_UP, "bias"), (0, 2, 1)),
-        StackExperts("mlp.experts.down_proj_bias", _of(_DOWN, "bias"), (0, 2, 1)),
-    ),
+    layout=(Rename("mlp.router", "mlp.gate"), *_WEIGHTS, *expert_stacks((0, 2, 1), kind="bias")),
     expert_parameters=_WEIGHTS,
 )

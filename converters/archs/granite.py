@@ -19,11 +19,8 @@ _SCALES = {
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
-    bias = reader.take("attention_bias", False)
     return DecoderConfig(
-        **read_common(reader),
-        qkv_bias=bias,
-        o_bias=bias,
+        **read_common(reader, attention_bias=False),
         mlp_bias=reader.take("mlp_bias", False),
         attention_scale=reader.take("attention_multiplier", 1.0),
         embedding_multiplier=reader.take("embedding_multiplier", 1.0),

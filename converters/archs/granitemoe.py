@@ -15,12 +15,9 @@ from jaxft.models.config import DecoderConfig
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
-    fields = read_common(reader)
-    bias = reader.take("attention_bias", False)
+    fields = read_common(reader, attention_bias=False)
     return DecoderConfig(
         **fields,
-        qkv_bias=bias,
-        o_bias=bias,
         embedding_multiplier=float(reader.take("embedding_multiplier", 1.0)),
         residual_multiplier=float(reader.take("residual_multiplier", 1.0)),
         attention_scale=float(reader.take("attention_multiplier", 1.0)),

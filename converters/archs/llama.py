@@ -11,13 +11,9 @@ from jaxft.models.config import DecoderConfig
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
-    attention_bias = reader.take("attention_bias", False)
-    # Changes only how the reference splits its matmuls, not what they compute.
-    reader.take("pretraining_tp", 1)
+    reader.ignore("pretraining_tp")  # how the reference splits its matmuls, not what they compute
     return DecoderConfig(
-        **read_common(reader),
-        qkv_bias=attention_bias,
-        o_bias=attention_bias,
+        **read_common(reader, attention_bias=False),
         mlp_bias=reader.take("mlp_bias", False),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from converters.archs.base import ConfigReader, MetadataReader
@@ -11,14 +11,24 @@ from converters.archs.common import check_fact
 from converters.expert_layout import StackExperts
 from jaxft.models.config import DecoderConfig, MLPLayerType, MoEConfig
 
-EXPERT_PARAMETERS = (
-    StackExperts(
-        "mlp.experts.gate_up_proj",
-        ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
-        (0, 1, 2, 3),
-    ),
-    StackExperts("mlp.experts.down_proj", ("mlp.experts.{}.down_proj.weight",), (0, 1, 2, 3)),
-)
+
+def expert_stacks(axes: tuple[int, ...], *, hf: str = "mlp.experts.", kind: str = "weight") -> tuple[StackExperts, ...]:
+    """The experts' gate and up in one tensor, and down in another.
+
+    Args:
+      axes: as of `StackExperts`.
+      hf: what stands before gate_up_proj and down_proj in HF's names.
+      kind: "weight", or "bias", whose names end in _bias.
+    """
+    end = "" if kind == "weight" else f"_{kind}"
+    names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    return tuple(
+        StackExperts(f"{hf}{name}{end}", tuple(f"mlp.experts.{{}}.{part}.{kind}" for part in parts), axes)
+        for name, parts in names.items()
+    )
+
+
+EXPERT_PARAMETERS = expert_stacks((0, 1, 2, 3))
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -75,7 +85,12 @@ _SAID = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "router_
 
 
 def write_moe_gguf(
-    config: DecoderConfig, *, widths: Collection[str] = (), said: Collection[str] = (), dense: int = 0, **graph: Any
+    config: DecoderConfig,
+    *,
+    widths: Collection[str] = (),
+    said: Collection[str] = (),
+    layers: Sequence[MLPLayerType] | None = None,
+    **graph: Any,
 ) -> dict[str, int]:
     """The keys of experts, after a check that llama.cpp's graph of the architecture has everything else.
 
@@ -83,7 +98,7 @@ def write_moe_gguf(
       config: the decoder's facts.
       widths: fields of `WIDTHS` that the architecture's files have.
       said: fields of MoEConfig that the architecture's own keys, or its tensors, say.
-      dense: how many layers there are without experts, all before the others.
+      layers: which of the graph's layers have experts; None: all.
       **graph: the values of fields of MoEConfig that it fixes; others must have the default.
 
     Raises:
@@ -94,8 +109,7 @@ def write_moe_gguf(
     for field in dataclasses.fields(moe):
         if field.name not in (*_SAID, *widths, *said):
             check_fact(field.name, getattr(moe, field.name), (graph.get(field.name, field.default),))
-    kinds = ("dense",) * dense + ("sparse",) * (config.num_hidden_layers - dense)
-    check_fact("mlp_layer_types", config.mlp_layer_types, (kinds,))
+    check_fact("mlp_layer_types", config.mlp_layer_types, (tuple(layers or ("sparse",) * config.num_hidden_layers),))
     return {
         "expert_count": moe.num_experts,
         "expert_used_count": moe.num_experts_per_tok,

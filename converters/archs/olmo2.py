@@ -10,8 +10,7 @@ from jaxft.models.config import DecoderConfig
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
-    bias = reader.take("attention_bias", False)
-    return DecoderConfig(**read_common(reader), norm_placement="post", qk_norm="full", qkv_bias=bias, o_bias=bias)
+    return DecoderConfig(**read_common(reader, attention_bias=False), norm_placement="post", qk_norm="full")
 
 
 def _read_gguf(reader: MetadataReader) -> dict[str, Any]:

@@ -11,14 +11,11 @@ from jaxft.models.config import DecoderConfig
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
-    fields = read_common(reader)
-    bias = reader.take("attention_bias", False)
+    fields = read_common(reader, attention_bias=False)
     reader.expect("clip_qkv", None)  # no published checkpoint has it
     return DecoderConfig(
         **fields,
         qk_norm="full",
-        qkv_bias=bias,
-        o_bias=bias,
         moe=read_moe(
             reader,
             moe_intermediate_size=fields["intermediate_size"],

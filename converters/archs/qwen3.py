@@ -11,10 +11,9 @@ from jaxft.models.config import DecoderConfig
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
-    bias = reader.take("attention_bias", False)
-    fields = read_common(reader)
+    fields = read_common(reader, attention_bias=False)
     windows = read_qwen_windows(reader, fields["num_hidden_layers"])
-    return DecoderConfig(**fields, qk_norm="head", qkv_bias=bias, o_bias=bias, **windows)
+    return DecoderConfig(**fields, qk_norm="head", **windows)
 
 
 def _read_gguf(reader: MetadataReader) -> dict[str, Any]:

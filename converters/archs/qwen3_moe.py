@@ -13,15 +13,13 @@ _WIDTHS = ("moe_intermediate_size",)
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
-    fields = read_common(reader)
-    layers, bias = fields["num_hidden_layers"], reader.take("attention_bias", False)
-    reader.take("max_window_layers", layers)  # transformers' class does not look at it
+    fields = read_common(reader, attention_bias=False)
+    layers = fields["num_hidden_layers"]
+    reader.ignore("max_window_layers")  # transformers' class does not look at it
     return DecoderConfig(
         **fields,
         **read_optional_windows(reader, layers, ("sliding_attention",) * layers),
         qk_norm="head",
-        qkv_bias=bias,
-        o_bias=bias,
         moe=read_moe(
             reader,
             moe_intermediate_size=reader.take("moe_intermediate_size"),

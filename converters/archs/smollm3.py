@@ -5,24 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
-from converters.archs.common import read_common, read_common_gguf, read_optional_windows, write_common_gguf
+from converters.archs.common import (
+    read_common,
+    read_common_gguf,
+    read_optional_windows,
+    read_rotating_layers,
+    write_common_gguf,
+)
 from converters.tensor_ops import PERMUTE_QK
 from jaxft.models.config import DecoderConfig, LayerType
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
-    bias = reader.take("attention_bias", False)
-    fields = read_common(reader)
+    fields = read_common(reader, attention_bias=False)
     layers = fields["num_hidden_layers"]
-    period = reader.take("no_rope_layer_interval", 4)
-    # A 1 means that the layer does rotate.
-    rotates = reader.take("no_rope_layers", [int((i + 1) % period != 0) for i in range(layers)])
+    rotates = read_rotating_layers(reader, layers)
     types: list[LayerType] = ["full_attention" if rotate else "sliding_attention" for rotate in rotates]
     return DecoderConfig(
         **fields,
         nope_layers=tuple(i for i in range(layers) if not rotates[i]),
-        qkv_bias=bias,
-        o_bias=bias,
         mlp_bias=reader.take("mlp_bias", False),
         **read_optional_windows(reader, layers, types),
     )

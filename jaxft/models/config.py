@@ -7,11 +7,11 @@ architecture's name. A fact that varies from layer to layer is a tuple with one 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from jaxft.errors import JaxftError
 
-LayerType = Literal["full_attention", "sliding_attention"]
+LayerType = Literal["full_attention", "sliding_attention", "chunked_attention"]
 MLPLayerType = Literal["dense", "sparse"]
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
 ExpertActivation = Literal["silu", "gelu", "gelu_pytorch_tanh", "clamped_swiglu"]
@@ -104,10 +104,7 @@ class MoEConfig:
     router_aux_loss_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise JaxftError(f"config field {name}", f"must be a positive integer, not {value!r}")
+        _check_sizes(self, "num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group")
         if self.num_experts % self.n_group:
             raise JaxftError("config field n_group", f"{self.n_group} does not divide num_experts {self.num_experts}")
         if self.topk_group > self.n_group:
@@ -139,12 +136,8 @@ class MLAConfig:
     v_head_dim: int
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "q_lora_rank" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise JaxftError(f"config field {field.name}", f"must be a positive integer, not {value!r}")
+        sizes = [field.name for field in dataclasses.fields(self)]
+        _check_sizes(self, *(name for name in sizes if name != "q_lora_rank" or self.q_lora_rank is not None))
         if self.v_head_dim > self.qk_head_dim:
             raise JaxftError("config field v_head_dim", f"{self.v_head_dim} exceeds q's and k's {self.qk_head_dim}")
 
@@ -155,16 +148,32 @@ class MLAConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TemperatureConfig:
+    """How queries grow with their position p, by 1 + attn_scale ln(1 + floor((p + 1) / floor_scale)).
+
+    It keeps attention sharp over many keys where no rotation does (arXiv:2501.19399, as Llama 4 has it).
+    """
+
+    floor_scale: int
+    attn_scale: float
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "floor_scale")
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerFacts:
     """What is static about one layer; consecutive layers with a repeating pattern of facts share one scan.
 
     Attributes:
       sliding_window: keys that a query sees, itself included; None: all before it.
+      chunk_size: positions of a chunk, beyond whose beginning no query in it sees; None: there are none.
       rope: which of the config's rotations: "global", "local", or None for no positions at all.
       mlp: an MLP or a mixture of experts.
     """
 
     sliding_window: int | None = None
+    chunk_size: int | None = None
     rope: Literal["global", "local"] | None = "global"
     mlp: MLPLayerType = "dense"
 
@@ -188,9 +197,11 @@ class DecoderConfig:
       tie_word_embeddings: the head is the embedding.
       qkv_bias, o_bias, mlp_bias: which linears have a bias.
       qk_norm: a norm of q and k before the rotation: over each "head", over each head with weights of its own
-        ("each_head"), over all heads at once ("full"), or None.
+        ("each_head"), over all heads at once ("full"); behind it, where there is one, over each head and without
+        weights ("rotated"); or None.
       layer_types: one entry a layer.
       sliding_window: keys that a query of a "sliding_attention" layer sees, itself included.
+      attention_chunk_size: positions of a chunk, within which queries of a "chunked_attention" layer see.
       attention_scale: multiplies q.k; None means head_dim ** -0.5.
       attention_soft_cap, logit_soft_cap: c of c tanh(x / c), of attention's logits and of the head's.
       attention_sinks: each query head has a learned logit that takes probability and has no value.
@@ -200,6 +211,7 @@ class DecoderConfig:
       rope: positions.
       local_rope: positions of "sliding_attention" layers; None: as of the others.
       nope_layers: layers without positions.
+      attn_temperature_tuning: of the queries of those layers.
       mla: latent attention; head_dim is then that of q and k, and there is a key head for each query head.
       moe: the mixture of experts of the layers that are "sparse".
       mlp_layer_types: one entry a layer; without any, all are "sparse" with `moe` and "dense" without.
@@ -225,9 +237,10 @@ class DecoderConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: Literal["head", "each_head", "full"] | None = None
+    qk_norm: Literal["head", "each_head", "full", "rotated"] | None = None
     layer_types: tuple[LayerType, ...] = ()
     sliding_window: int | None = None
+    attention_chunk_size: int | None = None
     attention_scale: float | None = None
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
@@ -238,6 +251,7 @@ class DecoderConfig:
     rope: RopeConfig = RopeConfig()
     local_rope: RopeConfig | None = None
     nope_layers: tuple[int, ...] = ()
+    attn_temperature_tuning: TemperatureConfig | None = None
     mla: MLAConfig | None = None
     moe: MoEConfig | None = None
     mlp_layer_types: tuple[MLPLayerType, ...] = ()
@@ -248,19 +262,10 @@ class DecoderConfig:
         if not self.mlp_layer_types:
             kind = "sparse" if self.moe else "dense"
             object.__setattr__(self, "mlp_layer_types", (kind,) * self.num_hidden_layers)
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise JaxftError(f"config field {name}", f"must be a positive integer, not {value!r}")
+        _check_sizes(
+            self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "max_position_embeddings",
+        )  # fmt: skip
         if self.num_attention_heads % self.num_key_value_heads:
             raise JaxftError(
                 "config field num_key_value_heads",
@@ -279,8 +284,11 @@ class DecoderConfig:
                 )
         if "sparse" in self.mlp_layer_types and self.moe is None:
             raise JaxftError("config field moe", "is missing, but mlp_layer_types has sparse")
-        if "sliding_attention" in self.layer_types and not self.sliding_window:
-            raise JaxftError("config field sliding_window", "is missing, but layer_types has sliding_attention")
+        for kind, field in (("sliding_attention", "sliding_window"), ("chunked_attention", "attention_chunk_size")):
+            if kind in self.layer_types and not getattr(self, field):
+                raise JaxftError(f"config field {field}", f"is missing, but layer_types has {kind}")
+        if self.attention_chunk_size is not None:
+            _check_sizes(self, "attention_chunk_size")
 
     @property
     def ropes(self) -> dict[str, RopeConfig]:
@@ -294,10 +302,11 @@ class DecoderConfig:
 
     def layer_facts(self, layer: int) -> LayerFacts:
         """The static facts of one layer."""
-        sliding = self.layer_types[layer] == "sliding_attention"
+        sliding, chunked = (self.layer_types[layer] == f"{kind}_attention" for kind in ("sliding", "chunked"))
         rope = "local" if sliding and self.local_rope is not None else "global"
         return LayerFacts(
             self.sliding_window if sliding else None,
+            self.attention_chunk_size if chunked else None,
             None if layer in self.nope_layers else rope,
             self.mlp_layer_types[layer],
         )
@@ -321,6 +330,13 @@ class DecoderConfig:
         return tuple(dict.fromkeys(self.mlp_layer_types))
 
 
+def _check_sizes(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise JaxftError(f"config field {name}", f"must be a positive integer, not {value!r}")
+
+
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise JaxftError(f"config field {name}", f"must be one of {', '.join(choices)}, not {value!r}")
@@ -330,7 +346,7 @@ def _check_mla(config: DecoderConfig, mla: MLAConfig) -> None:
     for name, value in (("head_dim", mla.qk_head_dim), ("num_key_value_heads", config.num_attention_heads)):
         if getattr(config, name) != value:
             raise JaxftError(f"config field {name}", f"must be {value} with mla, not {getattr(config, name)}")
-    for name in ("qk_norm", "attention_sinks"):
+    for name in ("qk_norm", "attention_sinks", "attn_temperature_tuning"):
         if getattr(config, name):
             raise JaxftError(f"config field {name}", "does not go with mla")
 

@@ -79,10 +79,10 @@ class LatentAttention(nnx.Module):
             jnp.concatenate([k_nope, k_rope], axis=-1),
             jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, c.head_dim - m.v_head_dim))),
             info,
+            facts,
             layer=layer,
             cache=cache,
             scale=c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
-            sliding_window=facts.sliding_window,
             soft_cap=c.attention_soft_cap,
         )
         out = out_BTNH[..., : m.v_head_dim].reshape(*x_BTD.shape[:2], -1)

@@ -47,9 +47,10 @@ class MLP(nnx.Module):
         dropout_key: jax.Array | None = None,
         *,
         recompute: bool = False,
+        keep_output: bool = False,
         tile: int | None = None,
     ) -> jax.Array:
-        """x [B, T, D] -> [B, T, D]; `recompute` and `tile` as of `pallas_kernels.lora_mlp`."""
+        """x [B, T, D] -> [B, T, D]; `recompute`, `keep_output` and `tile` as of `pallas_kernels.lora_mlp`."""
         if not self.gated:
             return self._ungated(x_BTD, dropout_key, tile)
         linears = (self.gate_proj, self.up_proj, self.down_proj)
@@ -59,6 +60,7 @@ class MLP(nnx.Module):
             activation=self.activation,
             dropout=dropout_rate(*linears),
             recompute=recompute,
+            keep_output=keep_output,
             tile=tile,
         )
 

@@ -80,7 +80,8 @@ def _blend(rope: RopeConfig, frequencies: np.ndarray, keep: np.ndarray) -> np.nd
 def _llama3_share(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
     wavelengths = 2 * np.pi / frequencies
     turns = rope.original_max_position_embeddings / wavelengths
-    return np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0.0, 1.0)
+    # Llama 4 has no band in between: both factors are 1.
+    return np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor or 1e-9), 0.0, 1.0)
 
 
 def _yarn_share(rope: RopeConfig, rotated: int) -> np.ndarray:

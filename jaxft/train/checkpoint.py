@@ -1,9 +1,10 @@
 """Checkpoints of a run: what trains, the optimizer's state and where the run is, in one folder that is whole or absent.
 
 `output_dir/checkpoint-{step}` holds `arrays`, an Orbax PyTree of the trainable leaves and the optimizer's, and `run`, a
-JSON object of the rest. Orbax copies the arrays while the run waits, writes them beside the run, and renames the folder
-when all is on disk, so a process may be killed at any moment. Frozen weights are not held: the fingerprint says of
-which model and settings the checkpoint is, and another one is refused by the first differences.
+JSON object of the rest. The run waits only until the arrays are copied to host memory. A thread writes them with Orbax,
+under another name that becomes the folder's when all is on disk, so a process may be killed at any moment. Frozen
+weights are not held: the fingerprint says of which model and settings the checkpoint is, and another one is refused by
+the first differences.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +65,9 @@ class Checkpoints:
         self._fingerprint = dict(fingerprint)
         self._limit = limit
         handlers = {"run": ocp.JsonCheckpointHandler(), "arrays": ocp.PyTreeCheckpointHandler(use_compression=False)}
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
-        self._writing: Path | None = None
-        self._keep: int | None = None
+        self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: tuple[Path, Future[None]] | None = None
         for left_over in self._folder.glob(_UNFINISHED):  # of a process that was killed
             shutil.rmtree(left_over)
 
@@ -78,36 +80,34 @@ class Checkpoints:
           best: the step whose checkpoint is kept beside the latest.
         """
         self.wait()
-        self._keep = best
         path = self._folder / f"checkpoint-{progress.step}"
-        # numpy arrays, so that a checkpoint does not depend on the devices it was made on.
-        arrays = jax.device_get(_named(trainable, opt_state))
         run = {"format": FORMAT, "fingerprint": self._fingerprint, "progress": dataclasses.asdict(progress)}
-        try:
-            shutil.rmtree(path, ignore_errors=True)  # a run that goes on from an earlier one writes it anew
-            self._require_space(sum(array.nbytes for array in arrays.values()))
-            args = {"run": ocp.args.JsonSave(run), "arrays": ocp.args.PyTreeSave(arrays)}
-            self._orbax.save(path, args=ocp.args.Composite(**args))
-            self._writing = path
-        except _ERRORS as error:
-            self._failed(path, error)
+        self._writing = path, self._thread.submit(self._write, path, run, _on_host(_named(trainable, opt_state)), best)
+
+    def _write(self, path: Path, run: dict[str, Any], arrays: dict[str, np.ndarray], best: int | None) -> None:
+        """Writes a checkpoint, then removes what is over the limit."""
+        shutil.rmtree(path, ignore_errors=True)  # a run that goes on from an earlier one writes it anew
+        self._require_space(sum(array.nbytes for array in arrays.values()))
+        args = {"run": ocp.args.JsonSave(run), "arrays": ocp.args.PyTreeSave(arrays)}
+        self._orbax.save(path, args=ocp.args.Composite(**args))
+        self._remove_old(best)
 
     def wait(self) -> bool:
-        """Waits for what is being written, removes what is over the limit; False where nothing was written."""
-        path, self._writing = self._writing, None
-        if path is None:
+        """Waits for what is being written; False where nothing was written."""
+        if self._writing is None:
             return False
+        (path, written), self._writing = self._writing, None
         try:
-            self._orbax.wait_until_finished()
+            written.result()
         except _ERRORS as error:
             self._failed(path, error)
             return False
-        self._prune()
         return True
 
     def close(self) -> None:
         """Waits and frees the threads."""
         self.wait()
+        self._thread.shutdown()
         self._orbax.close()
 
     def steps(self) -> list[int]:
@@ -174,6 +174,15 @@ class Checkpoints:
                 f"No space left on device: it needs {console.size(needed)}, and {console.size(free)} are free"
             )
 
+    def _remove_old(self, best: int | None) -> None:
+        for step in self.steps()[: -self._limit] if self._limit else []:
+            old = self._folder / f"checkpoint-{step}"
+            try:
+                if step != best:
+                    shutil.rmtree(old)
+            except OSError as error:
+                console.warn(f"{old}, which is over save_total_limit, was not removed: {error}")
+
     def _failed(self, path: Path, error: Exception) -> None:
         """Says that a checkpoint was not written, and which one is the last that is whole."""
         for left_over in self._folder.glob(f"{path.name}.orbax-checkpoint-tmp*"):
@@ -183,17 +192,18 @@ class Checkpoints:
         last = f"checkpoint-{steps[-1]} is whole" if steps else "there is none before it"
         console.warn(f"{path} was not written ({reason}); {last}. The run goes on")
 
-    def _prune(self) -> None:
-        steps = self.steps()
-        for step in steps[: -self._limit] if self._limit else []:
-            if step != self._keep:
-                shutil.rmtree(self._folder / f"checkpoint-{step}")
-
 
 def _named(trainable: Any, opt_state: Any) -> dict[str, Any]:
     """Every leaf by its path, in the order of the flattened pair."""
     paths = jax.tree_util.tree_leaves_with_path((trainable, opt_state))
     return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
+
+
+def _on_host(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
+    """numpy arrays of their own, so that a checkpoint does not depend on the devices it was made on."""
+    found = jax.device_get(arrays)
+    # On a CPU these are views of what the next step overwrites.
+    return {name: np.array(a) for name, a in found.items()} if jax.default_backend() == "cpu" else found
 
 
 def differences(found: Any, expected: Any, where: str = "") -> Iterator[str]:

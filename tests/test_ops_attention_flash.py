@@ -1,4 +1,4 @@
-"""The flash attention kernels with blocks so small that several are visited, skipped, masked and cut off."""
+"""The flash attentions, kernels and loops, with blocks so small that several are visited, skipped, masked, cut off."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import dense_references
-from pallas_kernels import attention_pallas
+from pallas_kernels import attention_blocks, attention_pallas, attention_spans
 from pallas_kernels.attention import ATTENTION
 from pallas_kernels.attention_pallas import Tiling
 
@@ -34,13 +34,23 @@ def segments(length: int, *rows: list[int]) -> jax.Array:
     return jnp.asarray(np.array([row[:length] for row in rows], np.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap"))
-def run(q, k, v, g, ids, sinks, **facts):
-    """The kernels' (out, lse, dq, dk, dv, dsinks)."""
-    out, lse = attention_pallas.forward(q, k, v, ids, sinks, **facts, tiling=FORWARD)
-    arguments = (q, k, v, ids, sinks, out, lse, g)
-    gradients = attention_pallas.backward(*arguments, **facts, queries_tiling=QUERIES, keys_tiling=KEYS)
-    return out, lse, *gradients
+# Each implementation's (forward, backward).
+SMALL = {
+    "pallas": (
+        functools.partial(attention_pallas.forward, tiling=FORWARD),
+        functools.partial(attention_pallas.backward, queries_tiling=QUERIES, keys_tiling=KEYS),
+    ),
+    "blocks": tuple(functools.partial(f, block=16) for f in (attention_blocks.forward, attention_blocks.backward)),
+}
+each_implementation = pytest.mark.parametrize("implementation", SMALL)
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "scale", "sliding_window", "soft_cap"))
+def run(q, k, v, g, ids, sinks, *, implementation, **facts):
+    """(out, lse, dq, dk, dv, dsinks)."""
+    forward, backward = SMALL[implementation]
+    out, lse = forward(q, k, v, ids, sinks, **facts)
+    return out, lse, *backward(q, k, v, ids, sinks, out, lse, g, **facts)
 
 
 def expected(q, k, v, g, ids, sinks, **facts):
@@ -65,12 +75,18 @@ def expected(q, k, v, g, ids, sinks, **facts):
     return out, jnp.moveaxis(lse, 1, 2), *gradients
 
 
-def assert_right(arrays: list[jax.Array], ids: Any = None, sinks: Any = None, tolerance: float = 3e-6, **facts: Any):
-    q, k, v, g = arrays
+def assert_right(
+    implementation: str,
+    arrays: list[jax.Array],
+    ids: Any = None,
+    sinks: Any = None,
+    tolerance: float = 3e-6,
+    **facts: Any,
+) -> None:
     facts = PLAIN | facts
     names = ("out", "lse", "dq", "dk", "dv", "dsinks")
-    results = zip(names, run(q, k, v, g, ids, sinks, **facts), expected(q, k, v, g, ids, sinks, **facts), strict=True)
-    for name, got, want in results:
+    found = run(*arrays, ids, sinks, implementation=implementation, **facts)
+    for name, got, want in zip(names, found, expected(*arrays, ids, sinks, **facts), strict=True):
         if want is None:
             assert got is None, name
             continue
@@ -78,71 +94,87 @@ def assert_right(arrays: list[jax.Array], ids: Any = None, sinks: Any = None, to
         np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(1, np.abs(want).max()), err_msg=name)
 
 
-def test_all_options_together():
+@each_implementation
+def test_all_options_together(implementation):
     ids = segments(40, SORTED, MIXED)
-    assert_right(make(40), ids, jnp.array([-1.0, 0.5, 3.0, 1.0]), sliding_window=19, soft_cap=4.0)
+    assert_right(implementation, make(40), ids, jnp.array([-1.0, 0.5, 3.0, 1.0]), sliding_window=19, soft_cap=4.0)
 
 
 @pytest.mark.slow
-def test_blocks_that_are_seen_as_a_whole():
+@each_implementation
+def test_blocks_that_are_seen_as_a_whole(implementation):
     """The other path: no segments, several whole blocks, a cut-off one."""
-    assert_right(make(70))
+    assert_right(implementation, make(70))
 
 
 @pytest.mark.slow
+@each_implementation
 @pytest.mark.parametrize("length", [1, 17, 40, 130])
 @pytest.mark.parametrize("packing", [None, "sorted", "mixed"])
 @pytest.mark.parametrize("window", [None, 1, 20])
-def test_lengths_segments_windows(length, packing, window):
+def test_lengths_segments_windows(implementation, length, packing, window):
     rows = {"sorted": (SORTED, [2] * 130), "mixed": (MIXED, SORTED[::-1])}
     ids = None if packing is None else segments(length, *rows[packing])
-    assert_right(make(length), ids, sliding_window=window)
+    assert_right(implementation, make(length), ids, sliding_window=window)
 
 
 @pytest.mark.slow
+@each_implementation
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_soft_cap_and_sinks(cap, with_sinks, packed):
+def test_soft_cap_and_sinks(implementation, cap, with_sinks, packed):
     ids = segments(40, SORTED, MIXED) if packed else None
     sinks = jnp.array([-2.0, 0.0, 1.0, 100.0]) if with_sinks else None
-    assert_right(make(40), ids, sinks, soft_cap=cap)
+    assert_right(implementation, make(40), ids, sinks, soft_cap=cap)
 
 
 @pytest.mark.slow
+@each_implementation
 @pytest.mark.parametrize(("head_dim", "heads"), [(16, (3, 3)), (80, (4, 1)), (96, (2, 1)), (5, (6, 3)), (256, (1, 1))])
-def test_head_sizes_and_groups(head_dim, heads):
-    assert_right(make(40, head_dim, heads), scale=head_dim**-0.5)
+def test_head_sizes_and_groups(implementation, head_dim, heads):
+    assert_right(implementation, make(40, head_dim, heads), scale=head_dim**-0.5)
 
 
 @pytest.mark.slow
+@each_implementation
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_short_dtypes(dtype):
+def test_short_dtypes(implementation, dtype):
     arguments = make(70, 64, dtype=dtype)
     tolerance = 4 * float(jnp.finfo(dtype).eps)
-    assert_right(arguments, segments(70, SORTED, MIXED), jnp.ones(4), tolerance=tolerance, scale=0.125, soft_cap=9.0)
+    assert_right(
+        implementation,
+        arguments,
+        segments(70, SORTED, MIXED),
+        jnp.ones(4),
+        tolerance=tolerance,
+        scale=0.125,
+        soft_cap=9.0,
+    )
 
 
 @pytest.mark.slow
-def test_default_tilings():
+@pytest.mark.parametrize("module", [attention_pallas, attention_blocks])
+def test_default_blocks(module):
     q, k, v, g = make(150, dtype=jnp.bfloat16)
-    out, lse = attention_pallas.forward(q, k, v, None, None, **PLAIN)
-    got = (out, lse, *attention_pallas.backward(q, k, v, None, None, out, lse, g, **PLAIN))
+    out, lse = module.forward(q, k, v, None, None, **PLAIN)
+    got = (out, lse, *module.backward(q, k, v, None, None, out, lse, g, **PLAIN))
     want = expected(q, k, v, g, None, None, **PLAIN)
     for x, y in zip(got[:5], want[:5], strict=True):
         np.testing.assert_allclose(np.asarray(x).astype(np.float64), y, rtol=0, atol=0.03 * np.abs(y).max())
 
 
 @pytest.mark.slow
+@each_implementation
 @pytest.mark.parametrize("ids", [SORTED, MIXED])
-def test_documents_do_not_leak_even_where_products_overflow(ids):
+def test_documents_do_not_leak_even_where_products_overflow(implementation, ids):
     """What the first document holds, as long as it is finite, leaves every bit of the others alone."""
     rows = segments(70, ids, ids)
     first = (rows == 3)[:, :, None, None]
     plain = make(70)
     huge = [jnp.where(first, jnp.float32(1e38), x) for x in plain]
     sinks = jnp.zeros(4)
-    before, after = run(*plain, rows, sinks, **PLAIN), run(*huge, rows, sinks, **PLAIN)
+    before, after = (run(*x, rows, sinks, implementation=implementation, **PLAIN) for x in (plain, huge))
     others = np.asarray(rows != 3)
     for x, y in zip(before[:5], after[:5], strict=True):
         x, y = (np.moveaxis(np.asarray(z), 2, 1) if z.ndim == 3 else np.asarray(z) for z in (x, y))
@@ -151,10 +183,11 @@ def test_documents_do_not_leak_even_where_products_overflow(ids):
 
 
 @pytest.mark.slow
-def test_vmap_is_a_loop():
+@each_implementation
+def test_vmap_is_a_loop(implementation):
     q, k, v, g = make(40)
     ids, sinks = segments(40, SORTED, MIXED), jnp.ones(4)
-    one = functools.partial(run, **PLAIN)
+    one = functools.partial(run, implementation=implementation, **PLAIN)
     stacked = jax.vmap(one)(*(jnp.stack([x, 2 * x]) for x in (q, k, v, g, ids, sinks)))
     for got, want in zip(stacked, one(*(2 * x for x in (q, k, v, g, ids, sinks))), strict=True):
         np.testing.assert_allclose(got[1], want, rtol=1e-5, atol=1e-5)
@@ -163,8 +196,8 @@ def test_vmap_is_a_loop():
 @functools.partial(jax.jit, static_argnames=("length", "blocks", "window"))
 def visited(ids, length: int, blocks: tuple[int, int], window: int | None):
     """The spans of other blocks that each block of queries visits, and of keys."""
-    some, every = attention_pallas._visits(length, blocks, ids, window)
-    return tuple(attention_pallas._spans(some, every, axis) for axis in (-1, -2))
+    some, every = attention_spans.visits_of(length, blocks, ids, window)
+    return tuple(attention_spans.spans(some, every, axis) for axis in (-1, -2))
 
 
 def test_visits_are_tight_for_packed_rows():
