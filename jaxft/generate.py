@@ -105,12 +105,14 @@ def complete(
     keys = _keys(seed, total)
     if not total:
         return Completions([], jnp.zeros((0, 0), jnp.float32), [], 1.0)
-    slots, capacity = min(batch_size, total), bucket(max(map(len, prompts)) + CHUNK)
+    lengths = np.asarray([len(prompt) for prompt in prompts])
+    most = room(int(lengths.max()), int(np.max(lengths + limits)))
+    slots, capacity = min(batch_size, total), min(bucket(int(lengths.max()) + CHUNK), most)
     batch = _Batch(
         model=nnx.split(decoder),
         decoding=_for_decoding(decoder, sum(limits) * num_return_sequences // slots),
         prompts=prompts,
-        lengths=np.repeat([len(prompt) for prompt in prompts], num_return_sequences),
+        lengths=np.repeat(lengths, num_return_sequences),
         limits=np.repeat(limits, num_return_sequences),
         keys=keys,
         eos=np.asarray(sorted(eos_token_ids), np.int32),
@@ -118,6 +120,7 @@ def complete(
         sampling=sampling,
         compact=compact,
         on_tokens=on_tokens,
+        room=most,
         slots=device.Slots.idle(decoder, slots, capacity, sampling),
         results=device.Results.empty(bucket(total, least=1), bucket(max(limits))),
     )
@@ -165,6 +168,7 @@ class _Batch:
       lengths, limits: int [N], of each completion's prompt, and how many tokens it may have.
       keys: PRNG keys [N].
       eos, stop, sampling, compact, on_tokens: as of `complete`, eos as an array.
+      room: positions that the cache has at most.
       slots, results: what is on the device.
     """
 
@@ -179,6 +183,7 @@ class _Batch:
     sampling: Sampling
     compact: bool
     on_tokens: Callable[[int, list[int]], None] | None
+    room: int
     slots: device.Slots
     results: device.Results
 
@@ -290,9 +295,9 @@ class _Batch:
     def _make_room(self) -> None:
         """Makes the cache hold what the busy slots may draw until the host looks again."""
         rows = list(self._busy().values())
-        need = bucket(int(np.max(self.lengths[rows] + np.minimum(self.counts[rows] + CHUNK, self.limits[rows]))))
+        need = int(np.max(self.lengths[rows] + np.minimum(self.counts[rows] + CHUNK, self.limits[rows])))
         if need > self.slots.capacity:
-            self.slots = device.grow(self.slots, need)
+            self.slots = device.grow(self.slots, min(bucket(need), self.room))
 
     def _look_at(self, row: int, tokens: list[int], before: int) -> None:
         """Ends a completion with a stop string, and passes on what is new in it."""
@@ -306,6 +311,15 @@ class _Batch:
 def bucket(length: int, least: int = BUCKET) -> int:
     """The least power of two that is not below `length`, nor below `least`."""
     return max(least, 1 << (length - 1).bit_length())
+
+
+def room(prompt: int, row: int) -> int:
+    """Positions of a cache that grows no further, for prompts and whole rows of at most so many tokens.
+
+    A multiple of an eighth of the row's bucket: few programs, and not twice the memory. A prompt's own bucket fits.
+    """
+    step = max(BUCKET, bucket(row) // 8)
+    return max(bucket(prompt), -(-row // step) * step)
 
 
 def _keys(seed: int | Sequence[int], total: int) -> jax.Array:

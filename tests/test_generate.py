@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxft import lora
 from jaxft.errors import JaxftError
-from jaxft.generate import BUCKET, CHUNK, Sampling, bucket, complete, generate
+from jaxft.generate import BUCKET, CHUNK, Sampling, bucket, complete, generate, room
 from jaxft.generation import slots as device
 from jaxft.generation.text import StopStrings, TextStream
 from jaxft.models.decoder import Decoder
@@ -319,6 +319,14 @@ def test_text_streams_in_whole_characters():
 @pytest.mark.parametrize(("length", "expected"), [(1, 64), (64, 64), (65, 128), (128, 128), (129, 256)])
 def test_buckets_are_powers_of_two(length, expected):
     assert bucket(length) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "row", "expected"),
+    [(1, 2, 64), (64, 133, 192), (130, 133, 256), (64, 600, 640), (128, 2128, 2560), (128, 4000, 4096)],
+)
+def test_a_cache_is_not_much_larger_than_its_longest_row(prompt, row, expected):
+    assert room(prompt, row) == expected
 
 
 # Bad input.

@@ -37,6 +37,8 @@ def test_decoding_multiplies_by_packed_weights(slots: int, dtype: str, kernel: s
     assert counts[kernel] == launches, "of a layer's seven linears, q, k and v may share one, and gate and up"
     assert "nf4_dequantize" not in counts
     assert counts["cached_attention"] == 1
+    # Low-rank products and the order of x are one launch before each of a matvec's.
+    assert counts["prepare_kernel"] == (launches if kernel == "matvec_kernel" else 0)
 
 
 def test_many_rows_decode_first() -> None:
