@@ -28,8 +28,10 @@ from jaxft import console, lora, losses, optim
 from jaxft.data.batch import Batch, PolicyBatch
 from jaxft.models import labels, remat
 from jaxft.models.config import DecoderConfig, MoEConfig, RopeConfig
+from jaxft.models.decoded import frozen_for
 from jaxft.models.decoder import Decoder, abstract_decoder
-from jaxft.models.params import EXPERTS, is_quantizable, parameters
+from jaxft.models.layers import EXPERTS, is_quantizable
+from jaxft.models.params import parameters
 from jaxft.quant import MXFP4Tensor, NF4Tensor
 from jaxft.train import auto_remat
 from jaxft.train.step import LossFunction, make_train_step
@@ -275,7 +277,7 @@ def prepare(arguments: argparse.Namespace, rows: int, length: int, record: dict[
         "temp_gib": round(analysis.temp_size_in_bytes / GIB, 3),
         "host_gib": round(analysis.host_temp_size_in_bytes / GIB, 3),
     }
-    return Prepared(step, [trainable, opt_state], frozen, batch)
+    return Prepared(step, [trainable, opt_state], frozen_for(decoder, frozen), batch)
 
 
 def compiled(decoder: Decoder, tx: Any, inputs: Any, loss: Callable[..., Any], policy: str) -> Any:
@@ -283,7 +285,9 @@ def compiled(decoder: Decoder, tx: Any, inputs: Any, loss: Callable[..., Any], p
     decoder.remat = policy
     loss = functools.partial(loss, dropout_key=jax.random.key(0))  # of use only where adapters drop something
     step: Any = make_train_step(labels.split(decoder)[0], loss, tx, remat=policy)
-    return step.lower(*inputs).compile()
+    trainable, frozen, *rest = inputs
+    frozen = jax.eval_shape(lambda frozen: frozen_for(decoder, frozen), frozen)
+    return step.lower(trainable, frozen, *rest).compile()
 
 
 def choose(

@@ -28,7 +28,7 @@ from converters.peft_io import Adapter, rank_of, scale_of
 from converters.peft_layout import block_diagonal, parts_of
 from jaxft.console import warn
 from jaxft.errors import JaxftError
-from jaxft.models.params import EXPERTS
+from jaxft.models.layers import EXPERTS
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _BASE_LAYER = ".base_layer"

@@ -33,8 +33,8 @@ from jaxft.console import warn
 from jaxft.errors import JaxftError
 from jaxft.files import new_file
 from jaxft.models.decoder import Decoder
-from jaxft.models.layers import is_linear_weight
-from jaxft.models.params import LAYERS, hf_names, parameters
+from jaxft.models.layers import LAYERS, is_linear_weight
+from jaxft.models.params import hf_names, parameters
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 

@@ -17,7 +17,8 @@ from converters.peft_io import Adapter, scale_of
 from converters.resume import hash_of, origin_of
 from jaxft.errors import JaxftError
 from jaxft.models.decoder import Decoder
-from jaxft.models.params import EXPERTS, TensorView, tensor_views
+from jaxft.models.layers import EXPERTS
+from jaxft.models.params import TensorView, tensor_views
 from jaxft.quant import QTensor
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from jaxft.generation import slots as device
 from jaxft.generation.sampling import GREEDY, Sampling
 from jaxft.generation.text import StopStrings
 from jaxft.models.config import DecoderConfig
+from jaxft.models.decoded import decode_layers, decoded_bytes
 from jaxft.models.decoder import Decoder
 
 __all__ = ["BUCKET", "CHUNK", "Completions", "Sampling", "complete", "generate"]
@@ -30,6 +31,7 @@ __all__ = ["BUCKET", "CHUNK", "Completions", "Sampling", "complete", "generate"]
 BUCKET = 64  # the least length of prompts and cache; longer ones are powers of two, so that few programs are compiled
 CHUNK = 32  # tokens that the device draws before the host looks
 STREAMED = 4  # the same where somebody watches them
+MANY_STEPS = 256  # of decoding, for which it pays to copy the layers' weights apart
 PREFILL = 1024  # tokens, padding included, of the prompts that are run at once, unless one is longer
 
 
@@ -101,6 +103,7 @@ def complete(
     slots, capacity = min(batch_size, total), bucket(max(map(len, prompts)) + CHUNK)
     batch = _Batch(
         model=nnx.split(decoder),
+        decoding=_for_decoding(decoder, sum(limits) * num_return_sequences // slots),
         prompts=prompts,
         lengths=np.repeat([len(prompt) for prompt in prompts], num_return_sequences),
         limits=np.repeat(limits, num_return_sequences),
@@ -117,6 +120,26 @@ def complete(
     return batch.completions()
 
 
+def _for_decoding(decoder: Decoder, steps: int) -> nnx.State:
+    """The decoder's parameters for so many steps of decoding.
+
+    A loop over stacked layers copies plain weights out of their stack for every token, which takes as long as reading
+    them does. Where that is done often and the device has room, each layer gets an array of its own.
+    """
+    params = nnx.state(decoder)
+    dtype = decoder.model.embed_tokens.dtype
+    copied, _ = decoded_bytes(decoder.config, params, dtype, quantized=False)
+    if steps < MANY_STEPS or 2 * copied > _free_memory():
+        return params
+    return decode_layers(decoder.config, params, dtype, quantized=False)
+
+
+def _free_memory() -> int:
+    """Bytes of the device that nothing uses yet; 0 on a CPU, whose memory JAX does not know."""
+    statistics = jax.devices()[0].memory_stats() or {}
+    return statistics.get("bytes_limit", 0) - statistics.get("bytes_in_use", 0)
+
+
 class _Prefilled(NamedTuple):
     """Prompts that were run at once: the first one's number, their padded tokens, keys and values [L, R, W, K, H]."""
 
@@ -131,6 +154,7 @@ class _Batch:
 
     Attributes:
       model: the decoder, split.
+      decoding: its parameters as `decode` takes them.
       prompts: token ids.
       lengths, limits: int [N], of each completion's prompt, and how many tokens it may have.
       keys: PRNG keys [N].
@@ -139,6 +163,7 @@ class _Batch:
     """
 
     model: tuple[nnx.GraphDef, nnx.State]
+    decoding: nnx.State
     prompts: Sequence[Sequence[int]]
     lengths: np.ndarray
     limits: np.ndarray
@@ -176,7 +201,8 @@ class _Batch:
         self._make_room()
         occupied = np.asarray([row is not None for row in self.occupants])
         self.slots, self.results, steps = device.decode(
-            *self.model,
+            self.model[0],
+            self.decoding,
             self.slots,
             self.results,
             self.eos,

@@ -28,10 +28,11 @@ from jaxft import lora
 from jaxft.lora import LoraConfig
 from jaxft.models import labels
 from jaxft.models.config import DecoderConfig
+from jaxft.models.decoded import decoded_bytes
 from jaxft.models.decoder import Decoder
-from jaxft.models.layers import ROW_NORMS
-from jaxft.models.params import EXPERTS, is_quantizable, parameters
-from jaxft.models.remat import LAYER_INPUT, MLP_OUT, LayerPolicy, prefetches, spans
+from jaxft.models.layers import EXPERTS, ROW_NORMS, is_quantizable
+from jaxft.models.params import parameters
+from jaxft.models.remat import LAYER_INPUT, MLP_OUT, LayerPolicy, keeps_weights, prefetches, spans
 from jaxft.quant import QUANTIZATIONS, QTensor
 from pallas_kernels.attention_cudnn import number_of_groups
 from pallas_kernels.head_logits import default_chunk_size
@@ -99,7 +100,7 @@ def plan(
     tokens = rows * length
     per_token = _bytes_per_token(decoder)
     return MemoryPlan(
-        weights=_bytes(frozen),
+        weights=_bytes(frozen) + keeps_weights(policy) * decoded_bytes(decoder.config, frozen, _dtype(decoder))[0],
         adapters=adapters,
         optimizer=_bytes(jax.eval_shape(tx.init, trainable)),
         gradients=adapters,

@@ -55,7 +55,7 @@ def test_the_cost_orders_policies_as_they_were_measured():
     assert costs[1] - costs[0] == pytest.approx(285 - 267, rel=0.2)
 
 
-@pytest.mark.parametrize(("gib", "policy"), [(80, "all,unroll=all"), (24, "all,unroll=all"), (6.8, "offload")])
+@pytest.mark.parametrize(("gib", "policy"), [(80, "all,weights"), (24, "all,unroll=all"), (6.8, "offload")])
 def test_the_fastest_that_fits(decoder, gib, policy):
     compiler = Compiler(decoder)
     decision = chosen(decoder, compiler, gib)

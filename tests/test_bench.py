@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import sft_loop
-from pallas_kernels import OPS, bench
+from pallas_kernels import OPS, bench, benchmarks
 
-SIZES = bench.Sizes(rows=2, length=16, hidden=64, intermediate=128, heads=2, kv_heads=1, head_dim=16, vocab=200, rank=2)
+SIZES = benchmarks.Sizes(
+    rows=2, length=16, hidden=64, intermediate=128, heads=2, kv_heads=1, head_dim=16, vocab=200, rank=2
+)
 CEILINGS = bench.Ceilings(copy=100.0, matmul=1.0)
 
 
@@ -19,17 +21,17 @@ def _two_sets_of_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "CACHE_BYTES", 1)
 
 
-def first_of(op: str) -> bench.Benchmark:
-    return next(benchmark for benchmark in bench.benchmarks(SIZES) if benchmark.op == op)
+def first_of(op: str) -> benchmarks.Benchmark:
+    return next(benchmark for benchmark in benchmarks.benchmarks(SIZES) if benchmark.op == op)
 
 
 def test_every_op_of_a_step_has_a_benchmark():
     without = {"cached_attention", "gated_activation_backward", "nf4_quantize"}
-    assert {benchmark.op for benchmark in bench.benchmarks(SIZES)} == set(OPS) - without
+    assert {benchmark.op for benchmark in benchmarks.benchmarks(SIZES)} == set(OPS) - without
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("benchmark_", list(bench.benchmarks(SIZES)), ids=lambda b: b.name)
+@pytest.mark.parametrize("benchmark_", list(benchmarks.benchmarks(SIZES)), ids=lambda b: b.name)
 def test_every_benchmark_runs(benchmark_):
     (first, *_) = bench.rows([benchmark_], {}, CEILINGS, repeats=1)
     assert first.chosen
@@ -52,7 +54,7 @@ def test_rows_have_rates_and_the_fastest_peer(tmp_path: Path):
 
 @pytest.mark.parametrize("direction", ["backward", "forward + backward"])
 def test_backward_runs_with_its_residuals_at_hand(direction: str):
-    benchmark = next(b for b in bench.benchmarks(SIZES) if b.direction == direction)
+    benchmark = next(b for b in benchmarks.benchmarks(SIZES) if b.direction == direction)
     (row, *_) = bench.rows([benchmark], {}, CEILINGS, repeats=1)
     assert row.milliseconds > 0
 

@@ -23,7 +23,8 @@ from converters.load import load_decoder
 from converters.merge import DecoderCheckpoint
 from converters.open import open_checkpoint
 from jaxft.errors import JaxftError
-from jaxft.models.params import is_quantizable, parameters, unstack
+from jaxft.models.layers import is_quantizable
+from jaxft.models.params import parameters, unstack
 from jaxft.quant import NF4Tensor
 from tiny import make_tiny_hf
 

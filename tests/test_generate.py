@@ -43,6 +43,15 @@ def greedy(decoder: Decoder, prompts: list[list[int]]) -> list[list[int]]:
     return generate(decoder, prompts, max_new_tokens=NEW)
 
 
+def test_weights_apart_change_nothing(
+    decoder: Decoder, prompts: list[list[int]], greedy: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where many tokens are drawn and the device has room, each layer's weights are an array of their own."""
+    monkeypatch.setattr("jaxft.generate.MANY_STEPS", 1)
+    monkeypatch.setattr("jaxft.generate._free_memory", lambda: 2**40)
+    assert generate(decoder, prompts, max_new_tokens=NEW) == greedy
+
+
 def by_whole_forwards(decoder: Decoder, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
     """Greedy tokens without a cache: each from a forward over the row so far."""
     graphdef, params = nnx.split(decoder)

@@ -11,6 +11,7 @@ from benchmarks.train import MODELS, random_batch
 from jaxft import lora, losses
 from jaxft.lora import LoraConfig
 from jaxft.models import labels
+from jaxft.models.decoded import frozen_for
 from jaxft.plan import abstract_model
 from jaxft.train.step import make_train_step
 from lowering import h100, kernel_names
@@ -53,6 +54,7 @@ def lowered_step(remat: str, use_dora: bool = False) -> str:
     else:
         decoder = with_adapter(decoder)
     graphdef, trainable, frozen = labels.split(decoder)
+    frozen = frozen_for(decoder, frozen)
     tx = optax.sgd(1.0)
     batch = batch_of(random_examples([9, 4, 12, 7]), [[0, 1], [2, 3]], 32)
     step = make_train_step(graphdef, losses.sft, tx)
@@ -66,6 +68,13 @@ def test_the_kernels_are_in_the_step_once_each_where_expected(remat: str) -> Non
         counts = kernel_names(lowered_step(remat))
     again = RECOMPUTED if remat == "full" else {}
     assert counts == {name: count + again.get(name, 0) for name, count in WITHOUT_REMAT.items()}
+
+
+def test_decoded_weights_are_not_decoded_again() -> None:
+    with h100():
+        counts = kernel_names(lowered_step("none,weights"))
+    assert "nf4_dequantize" not in counts
+    assert counts["attention_forward"] == 2  # straight code: one for each layer
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ from jaxft import lora, losses
 from jaxft.errors import JaxftError
 from jaxft.models import labels
 from jaxft.models.decoder import Decoder
-from jaxft.models.layers import Constant
-from jaxft.models.params import build_decoder, is_quantizable, parameters
+from jaxft.models.layers import Constant, is_quantizable
+from jaxft.models.params import build_decoder, parameters
 from jaxft.quant import NF4Tensor
 from jaxft.train.step import make_train_step
 from models import decoder_config, decoder_of, hidden_states, plain_batch, relative_l2

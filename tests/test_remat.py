@@ -36,6 +36,8 @@ def test_spellings(value, policy):
         ("full+none*4", [Span(0, 4, EVERYTHING)]),
         ("offload,prefetch=0", [Span(0, 4, LayerPolicy(offloaded=("layer_input",), prefetch=0))]),
         ("offload,tile=8", [Span(0, 4, LayerPolicy(offloaded=("layer_input",), tile=8))]),
+        ("full,weights", [Span(0, 4, LayerPolicy(weights=True))]),
+        ("none,weights", [Span(0, 4, EVERYTHING._replace(weights=True))]),
         ("mid,unroll=2+none,unroll=all*1", [Span(0, 3, LayerPolicy(("mid",), unroll=2)), Span(3, 4, UNROLLED)]),
     ],
 )
@@ -48,6 +50,7 @@ def test_spans(policy, expected):
     [
         "some",
         "full,none",
+        "full,none,weights",
         "mid@disk",
         "full*x",
         "full+none",

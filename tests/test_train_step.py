@@ -12,6 +12,7 @@ from flax import nnx
 from jaxft import lora, losses, optim
 from jaxft.data.batch import Batch
 from jaxft.models import labels
+from jaxft.models.decoded import frozen_for
 from jaxft.train.step import make_train_step
 from jaxpr_tools import all_avals, computed_avals, count_primitive, max_elements, residual_avals
 from models import batch_of, decoder_of, random_examples, with_adapter
@@ -25,7 +26,7 @@ def prepared(loss=losses.sft, **settings):
     decoder = with_adapter(decoder_of(**settings))
     graphdef, trainable, frozen = labels.split(decoder)
     tx = optax.sgd(1.0)
-    return make_train_step(graphdef, loss, tx), jax.tree.map(jnp.copy, trainable), frozen, tx
+    return make_train_step(graphdef, loss, tx), jax.tree.map(jnp.copy, trainable), frozen_for(decoder, frozen), tx
 
 
 def update_of(batch: Batch, **settings) -> tuple[dict[str, np.ndarray], float]:
@@ -74,6 +75,7 @@ def test_packing_without_segments_would_change_it(unpacked):
         {"remat": "full"},
         pytest.param({"remat": "full,unroll=all"}, marks=pytest.mark.slow),
         {"remat": "full,unroll=2,tile=7"},
+        {"remat": "mid,weights"},
         pytest.param({"remat": "offload"}, marks=pytest.mark.slow),  # on a CPU the program of "full"
     ],
 )

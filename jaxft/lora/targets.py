@@ -10,8 +10,8 @@ from flax import nnx
 from jaxft.errors import JaxftError
 from jaxft.lora.config import ALL_LINEAR, EVERY_LINEAR, LoraConfig, matches
 from jaxft.models.decoder import Decoder
-from jaxft.models.layers import Embedding, Linear
-from jaxft.models.params import LAYERS, hf_names, stack_shape
+from jaxft.models.layers import LAYERS, Embedding, Linear
+from jaxft.models.params import hf_names, stack_shape
 from jaxft.quant import QTensor
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from jaxft.models.attention import Attention, KVCache, SequenceInfo
 from jaxft.models.config import DecoderConfig, LayerFacts, MLPLayerType
+from jaxft.models.decoded import is_decoded, layers_of, straight_scan
 from jaxft.models.labels import is_trainable
 from jaxft.models.layers import Embedding, Linear, Norm, at_layer, make_norm
 from jaxft.models.mla import LatentAttention
@@ -326,44 +327,51 @@ class Decoder(nnx.Module):
         self, segment: Segment, carry: tuple[jax.Array, Any], info: SequenceInfo, dropout_key: jax.Array | None
     ) -> tuple[tuple[jax.Array, Any], list[Load]]:
         """Frozen stacks are loop constants, read by layer index inside the body, so that nothing copies or saves a
-        slice of them; trainable leaves are scanned over, so that their gradients come out stacked."""
+        slice of them; trainable leaves are scanned over, so that their gradients come out stacked. Weights that were
+        decoded once are arrays of their own: straight code reads those where they lie."""
         period = len(segment.pattern)
         iterations = (segment.stop - segment.start) // period
         unroll = min(-(-(segment.policy.unroll or iterations * period) // period), iterations)
-        stacks = {kind: nnx.split(self._blocks(kind), is_trainable, ...) for kind in self.config.block_kinds}
+        kinds = self.config.block_kinds
+        stacks = {kind: nnx.split(self._blocks(kind), is_trainable, is_decoded, ...) for kind in kinds}
+        straight = any(decoded for _, _, decoded, _ in stacks.values())
+        in_scan = unroll < iterations and not straight
 
-        def run_block(x, cache, trainable_layer, layer, index, facts):
-            graphdef, _, frozen = stacks[facts.mlp]
-            block = nnx.merge(graphdef, trainable_layer, at_layer(frozen, layer if index is None else index))
+        def run_block(x, cache, trainable_layer, decoded_layer, layer, index, facts):
+            graphdef, _, _, frozen = stacks[facts.mlp]
+            frozen_layer = at_layer(frozen, layer if index is None else index)
+            block = nnx.merge(graphdef, trainable_layer, decoded_layer, frozen_layer)
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
             return block(x, info, facts, layer=layer, policy=segment.policy, cache=cache, dropout_key=key)
 
         def body(carry, inputs):
             loads = []
-            for facts, (layer, index, trainable_layer) in zip(segment.pattern, inputs, strict=True):
-                run = rematerialise(partial(run_block, facts=facts), segment.policy, in_scan=unroll < iterations)
-                *carry, load = run(*carry, trainable_layer, layer, index)
+            for run, (layer, index, trainable_layer, decoded_layer) in zip(runs, inputs, strict=True):
+                *carry, load = run(*carry, trainable_layer, decoded_layer, layer, index)
                 loads.append(load)
             return tuple(carry), loads
 
         # Each block's leaves are scanned as they are: the backward pass reads them where they lie, while of anything
         # computed from them inside the body it would keep a copy of the whole stack.
-        def block_inputs(i: int) -> tuple[jax.Array, jax.Array | None, Any]:
+        def block_inputs(i: int) -> tuple[jax.Array, jax.Array | None, Any, Any]:
             every = slice(segment.start + i, segment.stop, period)
             layers = jnp.arange(every.start, every.stop, period, dtype=jnp.int32)
             kind = segment.pattern[i].mlp
-            trainable = stacks[kind][1]
-            if len(stacks) == 1:
-                return layers, None, jax.tree.map(lambda leaf: leaf[every], trainable)
+            _, trainable, decoded, _ = stacks[kind]
             # Where in the stack of its kind each of these layers is: as far from the last one as in every iteration.
             of_kind = self.config.layers_of(kind)
             indices = [of_kind.index(layer) for layer in range(every.start, every.stop, period)]
-            step = sum(facts.mlp == kind for facts in segment.pattern)
-            every = slice(indices[0], indices[-1] + 1, step)
-            return layers, jnp.asarray(indices, jnp.int32), jax.tree.map(lambda leaf: leaf[every], trainable)
+            every = slice(indices[0], indices[-1] + 1, sum(facts.mlp == kind for facts in segment.pattern))
+            index = None if len(stacks) == 1 else jnp.asarray(indices, jnp.int32)
+            return layers, index, jax.tree.map(lambda leaf: leaf[every], trainable), layers_of(decoded, every)
 
         inputs = tuple(block_inputs(i) for i in range(period))
-        carry, loads = jax.lax.scan(body, carry, inputs, unroll=unroll)
+        runs = [rematerialise(partial(run_block, facts=f), segment.policy, in_scan=in_scan) for f in segment.pattern]
+        if straight:
+            runs = [jax.jit(run) for run in runs]  # so that they are traced once and not once a layer
+            carry, loads = straight_scan(body, carry, inputs)
+        else:
+            carry, loads = jax.lax.scan(body, carry, inputs, unroll=unroll)
         return carry, [load for load in loads if load is not None]
 
     def _blocks(self, kind: MLPLayerType) -> Block:

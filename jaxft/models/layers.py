@@ -22,6 +22,7 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Arra
     return (0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
 
 
+LAYERS, EXPERTS = "layers", "experts"  # in the paths of parameters
 ROW_NORMS = "dora_norms"  # checkpoint name of the norms of W + scale B A's rows: tiny, and a product with W to make
 
 
@@ -61,6 +62,11 @@ class LayerView:
 def is_linear_weight(path: tuple[Any, ...]) -> bool:
     """Whether a parameter is a linear's weight, by Hugging Face's names: q_proj, kv_a_proj_with_mqa."""
     return path[-1] == "weight" and "_proj" in str(path[-2])
+
+
+def is_quantizable(path: tuple[Any, ...]) -> bool:
+    """Whether this parameter is the weight of a linear inside a layer, experts left out."""
+    return LAYERS in path and is_linear_weight(path) and EXPERTS not in path
 
 
 def at_layer(frozen: nnx.State, layer: jax.Array) -> nnx.State:

@@ -23,10 +23,8 @@ from jax.typing import DTypeLike
 from jaxft.errors import JaxftError
 from jaxft.models.config import DecoderConfig, MLPLayerType
 from jaxft.models.decoder import Decoder, abstract_decoder
-from jaxft.models.layers import Constant, is_linear_weight
+from jaxft.models.layers import EXPERTS, LAYERS, Constant, is_linear_weight, is_quantizable
 from jaxft.quant import QUANTIZATIONS, QTensor
-
-LAYERS, EXPERTS = "layers", "experts"
 
 
 def stack_shape(path: tuple[Any, ...], config: DecoderConfig) -> tuple[int, ...]:
@@ -160,11 +158,6 @@ def _set(stacked: Any, value: Any, index: jax.Array) -> Any:
         return jax.lax.dynamic_update_slice(every, one.reshape((1,) * len(index) + one.shape), start)
 
     return jax.tree.map(write, stacked, value)
-
-
-def is_quantizable(path: tuple[Any, ...]) -> bool:
-    """Whether this parameter is the weight of a linear inside a layer, experts left out."""
-    return LAYERS in path and is_linear_weight(path) and EXPERTS not in path
 
 
 class TensorView(NamedTuple):

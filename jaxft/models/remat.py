@@ -8,7 +8,8 @@ Beside names a list may hold "tile=2048", for an MLP that takes so many tokens a
 never exist whole, and "unroll=2", for so many layers as straight code in each iteration of the scan ("unroll=all": no
 scan; faster by the copies that a scan makes, longer to compile). "prefetch=0" fetches from host memory only once a
 layer begins, instead of in the one before it: that spares the memory of what is fetched, and long rows, whose layers
-take much longer than the fetching, hardly notice.
+take much longer than the fetching, hardly notice. "weights" keeps the frozen weights of all layers decoded for as long
+as the model trains: in bfloat16 2 bytes a parameter more, straight code, and no decoding and copying in a step.
 
 Every name that `jax.ad_checkpoint.checkpoint_name` gives anywhere in the forward pass is listed here.
 """
@@ -38,6 +39,7 @@ CHECKPOINT_NAMES = (
 _LISTS = {"full": (), "offload": (f"{LAYER_INPUT}@host",), "all": CHECKPOINT_NAMES}
 _HOST = "@host"
 _EVERYTHING = "none"  # as in "no rematerialisation"
+_WEIGHTS = "weights"
 _SETTINGS = {"tile", "unroll", "prefetch"}
 
 
@@ -50,6 +52,7 @@ class LayerPolicy(NamedTuple):
       tile: tokens that the MLP takes at a time; None: all.
       unroll: layers in an iteration of the scan; None: all of the span.
       prefetch: layers ahead of their use that offloaded names are fetched, 0 or 1.
+      weights: whether the base's weights are kept decoded, which is a choice for the whole model.
     """
 
     kept: tuple[str, ...] = ()
@@ -58,6 +61,7 @@ class LayerPolicy(NamedTuple):
     tile: int | None = None
     unroll: int | None = 1
     prefetch: int = 1
+    weights: bool = False
 
     @property
     def recomputes_mlp(self) -> bool:
@@ -118,6 +122,11 @@ def offloads(policy: str) -> bool:
     return any(layer_policy.offloaded for layer_policy, _ in _parts(policy))
 
 
+def keeps_weights(policy: str) -> bool:
+    """Whether the base's weights are kept decoded (`jaxft.models.decoded`)."""
+    return any(layer_policy.weights for layer_policy, _ in _parts(policy))
+
+
 def prefetches(policy: str) -> bool:
     """Whether what is in host memory is fetched a layer ahead; it is a choice for the whole program."""
     return all(layer_policy.prefetch for layer_policy, _ in _parts(policy))
@@ -139,7 +148,8 @@ def _parts(policy: str) -> list[tuple[LayerPolicy, int | None]]:
 def _layer_policy(text: str, policy: str) -> LayerPolicy:
     items = [item.strip() for item in text.split(",")]
     settings = {name: value for name, is_setting, value in (item.partition("=") for item in items) if is_setting}
-    names = [name for item in items if "=" not in item for name in _LISTS.get(item, (item,)) if item != _EVERYTHING]
+    listed = [item for item in items if "=" not in item and item != _WEIGHTS]
+    names = [name for item in listed for name in _LISTS.get(item, (item,)) if item != _EVERYTHING]
     if settings.get("prefetch", "1") not in ("0", "1"):
         raise _unknown(policy)
     if not text or {name.removesuffix(_HOST) for name in names} - set(CHECKPOINT_NAMES) or set(settings) - _SETTINGS:
@@ -150,9 +160,10 @@ def _layer_policy(text: str, policy: str) -> LayerPolicy:
         everything=_EVERYTHING in items,
         tile=_positive(settings["tile"], policy) if "tile" in settings else None,
         unroll=None if settings.get("unroll") == "all" else _positive(settings.get("unroll", "1"), policy),
+        weights=_WEIGHTS in items,
         prefetch=int(settings.get("prefetch", "1") != "0"),
     )
-    if found.everything and len(items) - len(settings) > 1:
+    if found.everything and len(listed) > 1:
         raise JaxftError("remat", f"{policy!r} keeps everything, so names beside it mean nothing", "Leave them out")
     if found.tile and not found.recomputes_mlp:
         what = "what it keeps of the MLP would be kept for all tokens"
@@ -171,7 +182,7 @@ def _unknown(policy: object) -> JaxftError:
     return JaxftError(
         "use_gradient_checkpointing",
         f"{policy!r} is not known",
-        f"Choose one of {known}, or names out of {names}; tile=N, unroll=N and prefetch=0 may stand beside",
+        f"Choose one of {known}, or names out of {names}; {_WEIGHTS}, tile=N, unroll=N and prefetch=0 may stand beside",
     )
 
 

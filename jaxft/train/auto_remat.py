@@ -23,8 +23,9 @@ from jaxft.errors import JaxftError
 from jaxft.fetch import cache_dir
 from jaxft.models import labels
 from jaxft.models.config import DecoderConfig
+from jaxft.models.decoded import decoded_bytes
 from jaxft.models.decoder import Decoder
-from jaxft.models.remat import spans
+from jaxft.models.remat import keeps_weights, spans
 from jaxft.plan import GIB, MemoryPlan, plan
 
 # Bytes that a step needs beside what the compiler counts: allocator rounding, the libraries' own.
@@ -36,6 +37,7 @@ PLAN_ERROR = 1.1
 # Rates of an H100, which only rank the candidates: operations and bytes a second.
 _PRODUCTS, _ATTENTION, _MEMORY, _HOST_LINK = 720e12, 400e12, 2.8e12, 48e9
 _UNHIDDEN = 0.25  # of what moves to the host beyond one array a layer, the share that computation does not hide
+_DECODED = 2.5  # bytes that decoding a weight reads and writes
 _TILES = 0.04  # of the MLP's time, what smaller products cost
 
 
@@ -62,7 +64,8 @@ def policies(num_layers: int) -> list[str]:
     tiles = [f"offload,tile={tile}" for tile in (8192, 4096, 2048, 1024)]
     attention = "layer_input@host,attn_out@host,attn_lse@host"
     long = [f"{attention},tile={tile},prefetch=0" for tile in (8192, 4096)]
-    return ["all,unroll=all", "all", "attn_out,attn_lse", "full", "offload", attention, *mixed, *tiles, *long]
+    straight = ["all,weights", "all,unroll=all"]
+    return [*straight, "all", "attn_out,attn_lse", "full", "offload", attention, *mixed, *tiles, *long]
 
 
 def candidates(decoder: Decoder, tx: optax.GradientTransformation, *, rows: int, length: int) -> list[Candidate]:
@@ -87,13 +90,16 @@ def cost(config: DecoderConfig, policy: str, rows: int, length: int) -> float:
     for span in spans(policy, c.num_hidden_layers):
         here, seconds = span.policy, 0.0
         saved = {*here.kept, *here.offloaded}
+        if not here.weights:  # decoded in every pass
+            passes = 3 if here.recomputes_mlp else 2
+            seconds += passes * _DECODED * c.hidden_size * (2 * (heads + kv_heads) + 3 * c.mlp_width) / _MEMORY
         if not here.everything:
             seconds += products * sum(width[name] for name in ("q", "k", "v", "gate", "up") if name not in saved)
             seconds += products * heads * ("mid" not in saved) + attention * ("attn_out" not in saved)
         if here.tile:
             seconds += _TILES * 8 * products * c.intermediate_size
         columns = sum(width.get(name, 0) for name in here.kept)
-        copies = 0 if here.unroll is None else 2  # written to the scan's stack and read back
+        copies = 0 if here.unroll is None or here.weights else 2  # written to the scan's stack and read back
         seconds += copies * 2 * columns * tokens * 2 / _MEMORY
         moved = sorted(width.get(name, 0) * tokens * 2 / _HOST_LINK for name in here.offloaded)
         share = _UNHIDDEN if here.prefetch else 2 * _UNHIDDEN
@@ -132,7 +138,9 @@ def choose(
     verdicts: dict[str, tuple[str, str]] = {}
     for candidate in dict.fromkeys([*first, *hopeful[:MAX_COMPILED], least]):
         step = compile_step(candidate.policy)
-        needed = compiled_bytes(step) + HEADROOM
+        # Where a step takes decoded weights, what they were decoded from is on the device beside it.
+        beside = _replaced_bytes(decoder) if keeps_weights(candidate.policy) else 0
+        needed = compiled_bytes(step) + beside + HEADROOM
         fits = needed <= budget
         verdicts[candidate.policy] = (f"{needed / GIB:.2f}", "chosen" if fits else "too large")
         if fits:
@@ -152,6 +160,12 @@ def compiled_bytes(step: Any) -> int:
     found = step.memory_analysis()
     arrays = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return arrays + found.temp_size_in_bytes
+
+
+def _replaced_bytes(decoder: Decoder) -> int:
+    """Of the stacks that a step does not take where it takes decoded weights."""
+    frozen = labels.split(decoder)[2]
+    return decoded_bytes(decoder.config, frozen, decoder.model.embed_tokens.dtype)[1]
 
 
 def device_budget() -> int | None:

@@ -12,6 +12,7 @@ import optax
 from jaxft import console
 from jaxft.errors import JaxftError
 from jaxft.models import labels
+from jaxft.models.decoded import frozen_for
 from jaxft.models.decoder import Decoder
 from jaxft.plan import GIB, plan
 from jaxft.train import auto_remat
@@ -26,7 +27,9 @@ def fitting_step(
     def compile_step(policy: str) -> Any:
         decoder.remat = policy
         step: Any = make_train_step(labels.split(decoder)[0], loss, tx, remat=policy)
-        return step.lower(*arguments).compile()
+        trainable, frozen, *rest = arguments
+        frozen = jax.eval_shape(lambda frozen: frozen_for(decoder, frozen), frozen)
+        return step.lower(trainable, frozen, *rest).compile()
 
     budget = auto_remat.device_budget() if budget_gib is None else int(budget_gib * GIB)
     if budget is None:

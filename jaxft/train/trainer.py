@@ -25,6 +25,7 @@ from jaxft.compilation_cache import enable_compilation_cache
 from jaxft.errors import JaxftError
 from jaxft.files import new_file
 from jaxft.models import labels
+from jaxft.models.decoded import frozen_for
 from jaxft.models.decoder import Decoder
 from jaxft.models.remat import AUTO
 from jaxft.train import reporting, signals
@@ -209,10 +210,12 @@ class _Loop:
         job, args = self.job, self.args
         if job.decoder.remat != AUTO or (first := next(batches, None)) is None:
             self.step = make_train_step(self.graphdef, job.loss, self.tx, remat=job.decoder.remat)
-            return batches
-        arguments = (self.trainable, self.frozen, self.opt_state, self._keyed(first))
-        self.step = fitting_step(job.decoder, job.loss, self.tx, arguments, args.memory_budget_gib)
-        return itertools.chain([first], batches)
+        else:
+            arguments = (self.trainable, self.frozen, self.opt_state, self._keyed(first))
+            self.step = fitting_step(job.decoder, job.loss, self.tx, arguments, args.memory_budget_gib)
+            batches = itertools.chain([first], batches)
+        self.frozen = frozen_for(job.decoder, self.frozen)
+        return batches
 
     def _keyed(self, batch: Any) -> Any:
         return batch if self.job.key is None else keyed(batch, self.job.key, self.progress.step)
