@@ -48,8 +48,9 @@ def decode_layers(config: DecoderConfig, frozen: nnx.State, dtype: DTypeLike, *,
         stack = variable.get_value()
         if not is_quantizable(path) or (isinstance(stack, QTensor) and not quantized):
             return variable
-        kind = next((kind for kind in config.block_kinds if kind in path), config.block_kinds[0])
-        layers = range(len(config.layers_of(kind)))
+        kinds = config.block_kinds
+        of_path = next((index for index, kind in enumerate(kinds) if kind in path), 0)
+        layers = range(len(config.layers_of(kinds[of_path])))
         return variable.replace(DecodedLayers(tuple(_decoded(stack, layer, dtype) for layer in layers)))
 
     return nnx.map_state(decode, frozen)
