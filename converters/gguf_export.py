@@ -6,8 +6,11 @@ import contextlib
 import functools
 import io
 import math
+import tempfile
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +72,7 @@ def write_ggufs(
     *,
     importance: tuple[Path, ImportanceMatrix] | None = None,
     overwrite: bool = False,
+    resumable: bool = False,
 ) -> None:
     """Writes `checkpoint` to several GGUF files in one pass; nothing is left there if it fails.
 
@@ -83,6 +87,8 @@ def write_ggufs(
         gets another, as in llama.cpp, and a warning says so.
       importance: an importance matrix and its file's name.
       overwrite: replace existing files.
+      resumable: the targets' folder is a temporary one of this very conversion (`jaxft.files.new_files`). What has been
+        written stays there if it fails, and is gone on with after the last tensor that all files hold.
 
     Raises:
       JaxftError: an unknown quantization, an architecture or tokenizer that GGUF cannot hold, tensors that do not fit
@@ -98,14 +104,15 @@ def write_ggufs(
     metadata = [_metadata(checkpoint, arch, config, mix) | described for mix in mixes]
     plans = [_plan(checkpoint, layout, arch, config, mix, importance) for mix in mixes]
     extra = rope_tensors(config.rope, config.head_dim)
+    headers = [_header(checkpoint, arch, plan, fields, extra) for plan, fields in zip(plans, metadata, strict=True)]
     with contextlib.ExitStack() as files:
-        paths = [files.enter_context(new_file(path, overwrite=overwrite)) for path in targets.values()]
-        for path, plan, fields in zip(paths, plans, metadata, strict=True):
-            _write_header(path, checkpoint, arch, plan, fields, extra)
-        opened = [files.enter_context(path.open("ab")) for path in paths]
+        new = _unfinished if resumable else functools.partial(new_file, overwrite=overwrite)
+        paths = [files.enter_context(new(path)) for path in targets.values()]
+        opened = [files.enter_context(_begun(*begun)) for begun in zip(paths, headers, strict=True)]
         same = list(zip(*plans, strict=True))
-        n_values = sum(math.prod(one.of.shape) for each in same for one in each if one.type in QUANTIZABLE)
-        write_data(_data(checkpoint, layout, arch, same, extra, opened), n_values)
+        left = same[_kept(opened, same, [len(header) for header in headers]) :]
+        n_values = sum(math.prod(one.of.shape) for each in left for one in each if one.type in QUANTIZABLE)
+        write_data(_data(checkpoint, layout, arch, left, opened), n_values)
 
 
 def check_quantization(name: str) -> Mix:
@@ -186,16 +193,50 @@ def _metadata(checkpoint: Checkpoint, arch: GGUFArch, config: DecoderConfig, mix
     }
 
 
-def _write_header(
-    path: Path,
+@contextlib.contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """Yields another name, which becomes `path` at the end; a finished file of several goes on with the others."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    if path.exists():
+        path.rename(unfinished)
+    yield unfinished
+    unfinished.rename(path)
+
+
+def _begun(path: Path, header: bytes) -> io.BufferedRandom:
+    """The file, open behind all that was written after the same header; else behind the header alone."""
+    file = path.open("r+b" if path.exists() else "w+b")
+    if file.read(len(header)) != header:
+        file.seek(0)
+        file.truncate()
+        file.write(header)
+    file.seek(0, io.SEEK_END)
+    return file
+
+
+def _kept(files: Sequence[io.BufferedRandom], tensors: Sequence[Sequence[_Tensor]], headers: Sequence[int]) -> int:
+    """How many tensors every file holds behind its header; what comes after them is cut off."""
+    sizes = [[one.nbytes + len(_padding(one.nbytes)) for one in each] for each in zip(*tensors, strict=True)]
+    ends = [list(accumulate(of_file, initial=size)) for of_file, size in zip(sizes, headers, strict=True)]
+    n = min(bisect_right(of_file, file.tell()) for file, of_file in zip(files, ends, strict=True)) - 1
+    for file, of_file in zip(files, ends, strict=True):
+        file.truncate(of_file[n])
+        file.seek(0, io.SEEK_END)
+    return n
+
+
+def _header(
     checkpoint: Checkpoint,
     arch: GGUFArch,
     tensors: list[_Tensor],
     metadata: dict[str, Any],
     extra: dict[str, np.ndarray],
-) -> None:
-    """Everything before the tensors' data."""
-    with contextlib.closing(GGUFWriter(path, arch.name)) as writer:
+) -> bytes:
+    """Everything before the checkpoint's tensors, which begins with a few of llama.cpp's own."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.closing(GGUFWriter(f"{folder}/header", arch.name)) as writer,
+    ):
         for name, array in extra.items():
             writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
         for tensor in tensors:
@@ -206,6 +247,12 @@ def _write_header(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        header = Path(folder, "header").read_bytes()
+    return b"".join(part + _padding(len(part)) for part in (header, *(array.tobytes() for array in extra.values())))
+
+
+def _padding(size: int) -> bytes:
+    return bytes(-size % gguf.GGUF_DEFAULT_ALIGNMENT)
 
 
 def _data(
@@ -213,24 +260,14 @@ def _data(
     layout: Layout,
     arch: GGUFArch,
     tensors: list[tuple[_Tensor, ...]],
-    extra: dict[str, np.ndarray],
     files: Sequence[io.BufferedIOBase],
 ) -> Iterator[tuple[io.BufferedIOBase, Data]]:
-    """What follows the header of each file; header and tensors are padded to the alignment."""
-
-    def padding(size: int) -> bytes:
-        return bytes(-size % gguf.GGUF_DEFAULT_ALIGNMENT)
-
-    for file in files:
-        yield file, padding(file.tell())
-        for array in extra.values():
-            yield file, Matrix(array, GGMLQuantizationType.F32, None, "")
-            yield file, padding(array.nbytes)
+    """What follows the header of each file; tensors are padded to the alignment."""
     for each in track(tensors, "writing GGUF"):
         for number, data in _matrices(checkpoint, layout, arch, each):
             yield files[number], data
         for file, tensor in zip(files, each, strict=True):
-            yield file, padding(tensor.nbytes)
+            yield file, _padding(tensor.nbytes)
 
 
 def _matrices(

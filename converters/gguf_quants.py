@@ -43,7 +43,7 @@ from converters.gguf_fits import (
 )  # fmt: skip
 
 # Values that are worked on at a time: with more, the arrays leave the core's cache; with fewer, Python takes longer.
-_CHUNK = 1 << 17
+_CHUNK = 1 << 18
 
 Quantize = Callable[[np.ndarray, GGMLQuantizationType, np.ndarray | None], np.ndarray]
 

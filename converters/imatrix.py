@@ -1,12 +1,11 @@
 """Importance matrices: how large what each column of a matrix is multiplied by is, collected from a text.
 
 A quantizer that knows it rounds the columns that matter with more care (`converters.gguf_quants`). An expert's are
-collected from the tokens that were routed to it, as the decoder multiplies them: what its down projection reads counts
-with the router's weights (`jaxft.models.moe`), so that a token which hardly uses an expert hardly matters; llama.cpp's
-own collection leaves those weights out there. Files are
-llama.cpp's, which its programs and ours both read: GGUF with the tensors NAME.in_sum2 [experts, columns] (sums of
-squares over tokens) and NAME.counts [experts, 1] (tokens); of the older .dat form, reading only. Source: llama.cpp's
-tools/imatrix/imatrix.cpp and tools/quantize/quantize.cpp.
+collected from the tokens that were routed to it, as llama.cpp multiplies them: the router's weights come after the down
+projection, but where the family multiplies an expert's input by them (`Experts.weigh_results`). Files are llama.cpp's,
+which its programs and ours both read: GGUF with the tensors NAME.in_sum2 [experts, columns] (sums of squares over
+tokens) and NAME.counts [experts, 1] (tokens); of the older .dat form, reading only. Source: llama.cpp's
+tools/imatrix/imatrix.cpp, tools/quantize/quantize.cpp and build_moe_ffn of src/llama-graph.cpp.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from jaxft.errors import JaxftError
 from jaxft.files import new_file
 from jaxft.models.decoder import Decoder
 from jaxft.models.layers import LAYERS, is_linear_weight
+from jaxft.models.moe import Experts
 from jaxft.models.params import hf_names, parameters
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -171,7 +171,11 @@ def _observed_layer(
             (path, variable.replace(weights[name]) if name in weights else variable)
             for name, (path, variable) in zip(names, flat, strict=True)
         ]
-        return nnx.merge(graphdef, nnx.from_flat_state(state)).run_layers(hidden, positions)[0]
+        decoder = nnx.merge(graphdef, nnx.from_flat_state(state))
+        for _, module in nnx.iter_modules(decoder):
+            if isinstance(module, Experts):
+                module.weigh_results = True
+        return decoder.run_layers(hidden, positions)[0]
 
     return observe(run, weights, hidden, positions)
 

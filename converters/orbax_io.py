@@ -2,12 +2,14 @@
 
 A folder holds `params/`, an Orbax PyTree checkpoint of one flat dict {HF tensor name: array}, one entry a layer; beside
 it config.json, the tokenizer's files and a manifest with the format's version and every tensor's shape and dtype. Any
-JAX program reads the weights with ``orbax.checkpoint.PyTreeCheckpointer().restore(folder / "params")``.
+JAX program reads the weights with ``orbax.checkpoint.PyTreeCheckpointer().restore(folder / "params")``, and may write
+them: `params/` is read however Orbax wrote it. Here each tensor is a file of its values (`converters.zarr_io`; in
+Orbax' words, without OCDBT and compression), which goes in and out at the speed of a copy; TensorStore copies the
+values twice, in fresh memory, and waits for the disk after each tensor.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -30,7 +32,8 @@ from converters.hf_files import (
     write_json,
     write_small_files,
 )
-from converters.safetensors_io import nbytes
+from converters.safetensors_io import nbytes, read_ahead
+from converters.zarr_io import map_array, write_array
 from jaxft.console import progress
 from jaxft.errors import JaxftError
 from jaxft.files import new_folder
@@ -40,10 +43,6 @@ if TYPE_CHECKING:
 
 PARAMS = "params"
 FORMAT, VERSION = "jaxft-orbax", 1
-_AT_A_TIME = 2
-# Read and written by several threads, through buffers that are used again: those of whole tensors are fresh memory,
-# which the system has to clear first, every time.
-_CHUNK_BYTES = 1 << 24
 # What Orbax and TensorStore raise for missing and corrupt files.
 _ORBAX_ERRORS = (OSError, ValueError, KeyError, TypeError)
 
@@ -72,8 +71,21 @@ class OrbaxCheckpoint:
         return str(self._folder)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored dtype."""
+        """One tensor in its stored dtype: a read-only view of the file, where `write_orbax` wrote it."""
         params = (self._folder / PARAMS).absolute()
+        mapped = map_array(params / name, self.tensors[name]) if Path(name).name == name else None
+        return self._restore(params, name) if mapped is None else mapped
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The folder's tokenizer; None without its files."""
+        return load_tokenizer(self._folder)
+
+    def sidecars(self) -> dict[str, bytes]:
+        """generation_config.json, tokenizer files, chat templates, licences."""
+        return read_sidecars(self._folder)
+
+    def _restore(self, params: Path, name: str) -> np.ndarray:
+        """One tensor, by Orbax."""
         only = ocp.args.PyTreeRestore(item={name: 0}, partial_restore=True)
         try:
             array = self._checkpointer.restore(params, args=only)[name]
@@ -85,14 +97,6 @@ class OrbaxCheckpoint:
         if found != self.tensors[name]:
             raise JaxftError(f"{params}, tensor {name}", f"is {found}, but {ORBAX_MANIFEST} says {self.tensors[name]}")
         return array
-
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The folder's tokenizer; None without its files."""
-        return load_tokenizer(self._folder)
-
-    def sidecars(self) -> dict[str, bytes]:
-        """generation_config.json, tokenizer files, chat templates, licences."""
-        return read_sidecars(self._folder)
 
     @functools.cached_property
     def _checkpointer(self) -> ocp.Checkpointer:
@@ -113,23 +117,29 @@ def write_orbax(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) 
         with progress("writing Orbax", len(checkpoint.tensors)) as done:
             tree = {name: _Unread(checkpoint, name, done) for name in checkpoint.tensors}
             try:
-                with _told_once(), ocp.Checkpointer(_handler()) as checkpointer:
+                with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
                     checkpointer.save((folder / PARAMS).absolute(), ocp.args.PyTreeSave(tree))
             except _ORBAX_ERRORS as error:
-                reason = str(error).rpartition(": ")[2]  # TensorStore's longest message ends in the system's words
+                # Orbax' longest message ends in the system's words.
+                reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
                 raise JaxftError(path, f"could not be written ({reason})", "Check the space that is left") from error
     return path
 
 
 @contextlib.contextmanager
-def _told_once() -> Iterator[None]:
-    """Keeps Orbax from logging, with its traceback, an exception that it raises as well."""
-    log, raised = logging.getLogger("absl"), lambda record: not record.exc_info
-    log.addFilter(raised)
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax from logging, with its traceback, an exception that it raises as well, and from warning that without
+    OCDBT it finds none to merge."""
+    log = logging.getLogger("absl")
+
+    def matters(record: logging.LogRecord) -> bool:
+        return not record.exc_info and "Skipping merge of OCDBT" not in str(record.msg)
+
+    log.addFilter(matters)
     try:
         yield
     finally:
-        log.removeFilter(raised)
+        log.removeFilter(matters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,28 +156,17 @@ class _Unread:
 
 
 class _InTurn(ocp.type_handlers.NumpyHandler):
-    """Writes `_Unread` leaves as the arrays that they stand for, each while the one before goes to the disk.
-
-    Orbax's own handler begins all writes at once: all tensors would be in memory, and where one fails, the others
-    complain on a closed event loop.
-    """
+    """Writes `_Unread` leaves as the arrays that they stand for, each while the next one is read."""
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None) -> list:
         """Ends when everything is written."""
-        under_way: collections.deque[Any] = collections.deque()
-        try:
-            for value, info in zip(values, infos, strict=True):
-                if len(under_way) == _AT_A_TIME:
-                    under_way.popleft().result()
-                chunked = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
-                under_way.extend(await super().serialize([value.read()], [info], [chunked]))
-        finally:
-            with contextlib.ExitStack() as rest:  # waits for all of them, also where one fails
-                for written in under_way:
-                    rest.callback(written.result)
+        arrays = read_ahead(values, _Unread.read)
+        for info in infos:
+            await info.await_path_creation()
+            write_array(Path(info.path), next(arrays))
         return []
 
 
@@ -175,7 +174,7 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
     """Weights hardly compress, so they are not compressed."""
     handlers = ocp.type_handlers  # that of jax.Array writes what Orbax keeps beside arrays, too
     registry = handlers.create_type_handler_registry((_Unread, _InTurn()), (jax.Array, handlers.ArrayHandler()))
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False, use_ocdbt=False)
 
 
 def _manifest(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:

@@ -8,9 +8,12 @@ no float8.
 from __future__ import annotations
 
 import json
+import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -38,6 +41,7 @@ _DTYPES: dict[str, np.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LENGTH_BYTES = 8
+T = TypeVar("T")
 
 
 class SafetensorsFile:
@@ -105,21 +109,28 @@ def write_safetensors(path: Path, tensors: Mapping[str, TensorInfo], read: Calla
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     with path.open("wb") as file:
         file.write(_header({name: tensors[name] for name in names}))
-        for name, array in _read_ahead(names, read):
+        for name, array in zip(names, read_ahead(names, read), strict=True):
             if (array.shape, array.dtype) != tuple(tensors[name]):
                 raise ValueError(f"{name} was announced as {tensors[name]}, but is {array.dtype} {array.shape}")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             del array  # before one more is read
 
 
-def _read_ahead(names: Sequence[str], read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) in order; the next one is read while one is written, so two are in memory at a time."""
+def read_ahead(items: Sequence[T], read: Callable[[T], np.ndarray]) -> Iterator[np.ndarray]:
+    """read(item) of each, in order; the next one is read while one is written, so two are in memory at a time."""
+
+    def fetch(item: T) -> np.ndarray:
+        array = read(item)
+        if array.flags.c_contiguous:  # a mapped file is read here, a page by each byte: within a write it takes longer
+            array.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE].max(initial=0)
+        return array
+
     with ThreadPoolExecutor(1) as reader:
-        coming = [reader.submit(read, name) for name in names[:1]]
-        for i, name in enumerate(names):
+        coming = [reader.submit(fetch, item) for item in items[:1]]
+        for following in range(1, len(items) + 1):
             array = coming.pop().result()
-            coming += [reader.submit(read, following) for following in names[i + 1 : i + 2]]
-            yield name, array
+            coming += [reader.submit(fetch, item) for item in items[following : following + 1]]
+            yield array
             del array
 
 
@@ -130,7 +141,7 @@ def nbytes(info: TensorInfo) -> int:
 
 def n_values(info: TensorInfo) -> int:
     """How many values a tensor holds."""
-    return int(np.prod(info.shape, dtype=np.int64))
+    return math.prod(info.shape)
 
 
 def _header(tensors: Mapping[str, TensorInfo]) -> bytes:

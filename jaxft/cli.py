@@ -28,6 +28,7 @@ from jaxft.api import (
 from jaxft.compilation_cache import enable_compilation_cache
 from jaxft.console import console, run_command, table
 from jaxft.errors import JaxftError
+from jaxft.generation.sampling import GenerationConfig
 from jaxft.lora import LoraConfig
 from jaxft.models.remat import parse_remat
 from jaxft.optim import Optimizer, optimizer
@@ -248,15 +249,7 @@ def read_text(path: Path) -> str:
 def generate(
     model: ModelConfig,
     prompt: tuple[str, ...],
-    max_new_tokens: int = 128,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    stop_strings: tuple[str, ...] = (),
-    seed: int = 0,
+    settings: GenerationConfig = GenerationConfig(),
     chat: bool = True,
     stream: bool = False,
 ) -> None:
@@ -265,15 +258,7 @@ def generate(
     Args:
       model: the model, or an adapter of it.
       prompt: one text for each answer.
-      max_new_tokens: at most so many for each.
-      do_sample: draw tokens instead of taking the most likely ones.
-      temperature: of the drawing.
-      top_k: draw from the k most likely tokens; 0 is all.
-      top_p: draw from the most likely tokens that together reach this probability.
-      min_p: draw from the tokens that are at least so many times as likely as the most likely one.
-      repetition_penalty: make tokens that were there before less likely; 1 is off.
-      stop_strings: texts that end an answer.
-      seed: of the drawing.
+      settings: how they are made.
       chat: put each prompt into the tokenizer's chat template as the user's turn.
       stream: print the answer to a single prompt while it is made.
     """
@@ -283,15 +268,7 @@ def generate(
     answers = language_model.answer(
         prompt,
         chat=chat,
-        max_new_tokens=max_new_tokens,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop_strings=stop_strings,
-        seed=seed,
+        **dataclasses.asdict(settings),
         on_text=(lambda _, piece: print(piece, end="", flush=True)) if stream else None,
     )
     for text in [""] if stream else answers:

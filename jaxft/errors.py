@@ -30,9 +30,10 @@ class JaxftError(Exception):
         return f"{text}. {self.how}" if self.how else text
 
 
-def refuse_unknown(where: str, unknown: Iterable[str], function: Callable[..., Any]) -> None:
-    """Raises JaxftError for arguments that a function does not have, with the nearest that it has."""
-    known = [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
+def refuse_unknown(where: str, unknown: Iterable[str], *functions: Callable[..., Any]) -> None:
+    """Raises JaxftError for arguments that none of the functions has, with the nearest that there is."""
+    parameters = [item for function in functions for item in inspect.signature(function).parameters.items()]
+    known = [name for name, p in parameters if p.kind is not p.VAR_KEYWORD]
     for name in unknown:
         nearest = difflib.get_close_matches(name, known, 1)
         hint = f"Did you mean {nearest[0]}?" if nearest else f"There are: {', '.join(known)}"

@@ -84,19 +84,23 @@ def new_folder(path: str | Path, *, overwrite: bool = False, resume_key: str = "
 
 
 @contextlib.contextmanager
-def new_files(folder: Path, *, resume_key: str = "") -> Iterator[Path]:
+def new_files(folder: Path, *, resume_key: str = "", name: str = "") -> Iterator[Path]:
     """Yields a temporary folder in `folder`, into which its files move at the end; all of them or, on any exception,
     none. See `new_folder` for `resume_key`.
+
+    Args:
+      name: of the one file that it will be, for messages; empty for several.
 
     Raises:
       JaxftError: `folder` is a file, or cannot be written to.
     """
-    path = prepare_output_dir(folder, overwrite=True) / "files"
+    existed = folder.exists()
+    path = prepare_output_dir(folder, overwrite=True) / (name or "files")
     with contextlib.ExitStack() as lock:
         temporary = _taken_up(path, resume_key, lock) or _made(path, lock)
         _remove_leftovers(path)
         try:
-            with _disk_errors(folder):
+            with _disk_errors(folder / name):
                 (temporary / _KEY).write_text(resume_key)
                 yield temporary
                 (temporary / _KEY).unlink()
@@ -104,6 +108,8 @@ def new_files(folder: Path, *, resume_key: str = "") -> Iterator[Path]:
                     file.replace(folder / file.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            if not existed and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _made(path: Path, lock: contextlib.ExitStack) -> Path:

@@ -1,8 +1,8 @@
 """Generation: a few slots decode together, and a queue of completions refills the ones that are done.
 
 Every row has its own length; prompts are run a few at once, each once for all of its completions; the host looks only
-every `CHUNK` tokens, or when a slot is free and a completion waits for it. The device's half is
-`jaxft.generation.slots`.
+every `CHUNK` tokens, or when a slot is free and a completion waits for it, or when half of the slots would be enough.
+The device's half is `jaxft.generation.slots`.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def complete(
     sampling: Sampling = GREEDY,
     seed: int | Sequence[int] = 0,
     batch_size: int = 64,
+    compact: bool = False,
     on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> Completions:
     """Continues prompts.
@@ -83,6 +84,10 @@ def complete(
       sampling: how tokens are drawn.
       seed: of the call; or one for each completion, whose noise then depends on its seed and the position only.
       batch_size: slots, that is, completions that are decoded at once.
+      compact: when nothing waits and at most half of the slots are busy, go on with half as many. Each size is a
+        program of its own, so this is for who runs them again and again; and how a row's numbers are rounded then
+        depends on when the others end: in float32 log-probabilities agree within 1e-4, in bfloat16 another token may be
+        drawn. Without it a row has the same bits whatever the others of its batch hold.
       on_tokens: is called with a completion's number and its next tokens, as they are drawn.
 
     Raises:
@@ -100,18 +105,22 @@ def complete(
     keys = _keys(seed, total)
     if not total:
         return Completions([], jnp.zeros((0, 0), jnp.float32), [], 1.0)
-    slots, capacity = min(batch_size, total), bucket(max(map(len, prompts)) + CHUNK)
+    lengths = np.asarray([len(prompt) for prompt in prompts])
+    most = room(int(lengths.max()), int(np.max(lengths + limits)))
+    slots, capacity = min(batch_size, total), min(bucket(int(lengths.max()) + CHUNK), most)
     batch = _Batch(
         model=nnx.split(decoder),
         decoding=_for_decoding(decoder, sum(limits) * num_return_sequences // slots),
         prompts=prompts,
-        lengths=np.repeat([len(prompt) for prompt in prompts], num_return_sequences),
+        lengths=np.repeat(lengths, num_return_sequences),
         limits=np.repeat(limits, num_return_sequences),
         keys=keys,
         eos=np.asarray(sorted(eos_token_ids), np.int32),
         stop=stop,
         sampling=sampling,
+        compact=compact,
         on_tokens=on_tokens,
+        room=most,
         slots=device.Slots.idle(decoder, slots, capacity, sampling),
         results=device.Results.empty(bucket(total, least=1), bucket(max(limits))),
     )
@@ -158,7 +167,8 @@ class _Batch:
       prompts: token ids.
       lengths, limits: int [N], of each completion's prompt, and how many tokens it may have.
       keys: PRNG keys [N].
-      eos, stop, sampling, on_tokens: as of `complete`, eos as an array.
+      eos, stop, sampling, compact, on_tokens: as of `complete`, eos as an array.
+      room: positions that the cache has at most.
       slots, results: what is on the device.
     """
 
@@ -171,7 +181,9 @@ class _Batch:
     eos: np.ndarray
     stop: StopStrings | None
     sampling: Sampling
+    compact: bool
     on_tokens: Callable[[int, list[int]], None] | None
+    room: int
     slots: device.Slots
     results: device.Results
 
@@ -181,7 +193,7 @@ class _Batch:
         self.occupants: list[int | None] = [None] * self.slots.token.shape[0]
         self.counts = np.zeros(total, int)
         self.stopped = np.zeros(total, bool)
-        self.steps = 0
+        self.slot_steps = 0  # steps times slots
         self.prefilled = _Prefilled(0, np.zeros((0, 0), np.int32), None)
 
     def refill(self) -> bool:
@@ -194,10 +206,12 @@ class _Batch:
                 first, tokens, cache = self.prefilled
                 numbers = map(np.int32, (prompt - first, self.lengths[row], slot, row, self.limits[row]))
                 self.slots = device.admit(self.slots, cache, tokens[prompt - first], *numbers, self.keys[row])
-        return any(row is not None for row in self.occupants)
+        return bool(self._busy())
 
     def decode(self) -> None:
         """Draws tokens until the host has to look, and sees which completions are done."""
+        if self.compact:
+            self._compact()
         self._make_room()
         occupied = np.asarray([row is not None for row in self.occupants])
         self.slots, self.results, steps = device.decode(
@@ -208,11 +222,11 @@ class _Batch:
             self.eos,
             occupied,
             np.int32(STREAMED if self.on_tokens else CHUNK),
-            bool(self.waiting),
+            np.int32(self._least_busy()),
             sampling=self.sampling,
         )
         steps, left, counts = jax.device_get((steps, self.slots.left, self.results.counts))
-        self.steps += int(steps)
+        self.slot_steps += int(steps) * len(self.occupants)
         tokens = np.asarray(self.results.tokens) if self.stop or self.on_tokens else None
         for slot, row in enumerate(self.occupants):
             if row is not None:
@@ -232,7 +246,7 @@ class _Batch:
             tokens=tokens,
             log_probs=jnp.where(drawn, self.results.log_probs[: len(tokens), :width], 0),
             finished=[bool(self.stopped[row]) or new[-1] in self.eos for row, new in enumerate(tokens)],
-            utilisation=float(self.counts.sum() / (self.steps * len(self.occupants))),
+            utilisation=float(self.counts.sum() / self.slot_steps),
         )
 
     def _prefill(self, prompt: int) -> None:
@@ -253,12 +267,37 @@ class _Batch:
             tokens[row, : len(ids)], lengths[row] = ids, len(ids)
         self.prefilled = _Prefilled(prompt, tokens[: len(same)], device.prefill(*self.model, tokens, lengths))
 
+    def _busy(self) -> dict[int, int]:
+        """The slots with a completion: which."""
+        return {slot: row for slot, row in enumerate(self.occupants) if row is not None}
+
+    def _least_busy(self) -> int:
+        """The host has to look when fewer slots are busy: one may be refilled, or half as many are enough, or none."""
+        if self.waiting:
+            return len(self.occupants)
+        half = len(self.occupants) // 2
+        return half + 1 if self.compact and len(self._busy()) > half else 1
+
+    def _compact(self) -> None:
+        """Goes on with half as many slots while they are enough, unless the end is near anyway."""
+        busy, size = self._busy(), len(self.occupants)
+        rows = list(busy.values())
+        if self.waiting or np.max(self.limits[rows] - self.counts[rows]) <= CHUNK:
+            return
+        while len(busy) <= size // 2:
+            size //= 2
+        if size < len(self.occupants):
+            idle = (slot for slot in range(len(self.occupants)) if slot not in busy)
+            which = [*busy, *itertools.islice(idle, size - len(busy))]
+            self.slots = device.compact(self.slots, np.asarray(which, np.int32))
+            self.occupants = [self.occupants[slot] for slot in which]
+
     def _make_room(self) -> None:
         """Makes the cache hold what the busy slots may draw until the host looks again."""
-        rows = [row for row in self.occupants if row is not None]
-        need = bucket(int(np.max(self.lengths[rows] + np.minimum(self.counts[rows] + CHUNK, self.limits[rows]))))
+        rows = list(self._busy().values())
+        need = int(np.max(self.lengths[rows] + np.minimum(self.counts[rows] + CHUNK, self.limits[rows])))
         if need > self.slots.capacity:
-            self.slots = device.grow(self.slots, need)
+            self.slots = device.grow(self.slots, min(bucket(need), self.room))
 
     def _look_at(self, row: int, tokens: list[int], before: int) -> None:
         """Ends a completion with a stop string, and passes on what is new in it."""
@@ -272,6 +311,15 @@ class _Batch:
 def bucket(length: int, least: int = BUCKET) -> int:
     """The least power of two that is not below `length`, nor below `least`."""
     return max(least, 1 << (length - 1).bit_length())
+
+
+def room(prompt: int, row: int) -> int:
+    """Positions of a cache that grows no further, for prompts and whole rows of at most so many tokens.
+
+    A multiple of an eighth of the row's bucket: few programs, and not twice the memory. A prompt's own bucket fits.
+    """
+    step = max(BUCKET, bucket(row) // 8)
+    return max(bucket(prompt), -(-row // step) * step)
 
 
 def _keys(seed: int | Sequence[int], total: int) -> jax.Array:

@@ -142,7 +142,7 @@ def forward(
             product = einsum_float32("ksgt,ksh->kgth", p.astype(v.dtype), v_cut[row, other, :, 0])
             return acc * shrink[..., None] + product, larger, total * shrink + jnp.sum(p, axis=1)
 
-        acc, largest, total = jax.lax.fori_loop(*span, step, start)
+        acc, largest, total = jax.lax.fori_loop(span[0], span[1], step, start)
         lse = largest + jnp.log(total)
         if walks.segment_ids is not None:
             # A row of padding has seen nothing: acc is 0, total 0 (or the sink's 1).
@@ -195,7 +195,7 @@ def backward(
             dk = dk.at[row, other].add(einsum_float32("ksgt,kgth->ksh", dz, q_own))
             return dq + einsum_float32("ksgt,ksh->kgth", dz, k_other), dk, dv
 
-        dq, *carry = jax.lax.fori_loop(*span, step, (jnp.zeros(q_own.shape, jnp.float32), *carry))
+        dq, *carry = jax.lax.fori_loop(span[0], span[1], step, (jnp.zeros(q_own.shape, jnp.float32), *carry))
         return tuple(carry), dq.astype(q.dtype)
 
     zeros = jnp.zeros(k_cut[:, :, :, 0].shape, jnp.float32)

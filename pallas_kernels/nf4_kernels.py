@@ -8,8 +8,9 @@ A sum has no order, so an int32 word of eight codes is never unpacked: the kerne
 meets every word's j-th code. Sums are float32, rounded to x's dtype once. All linears of a call are one launch: small
 ones would leave most of a GPU idle.
 
-The low-rank products l_i = scale_i x A_i^T are a launch of their own, because every program needs all of them. Adapters
-are read from the stack of all layers, as weights are: a slice would be a copy for each of a layer's fourteen factors.
+The low-rank products l_i = scale_i x A_i^T are a launch of their own, because every program needs all of them; a few
+more programs of it bring x into that order. Adapters are read from the stack of all layers, as weights are: a slice
+would be a copy for each of a layer's fourteen factors.
 """
 
 from __future__ import annotations
@@ -92,9 +93,7 @@ def linears(
     tokens, columns = x.shape
     tiling = tiling or FASTEST
     tiling = tiling._replace(words=power_of_two(columns // PER_WORD, 16, tiling.words))
-    by_code = jnp.moveaxis(x.reshape(tokens, columns // PER_WORD, PER_WORD), 2, 0)
-    low = _low_rank(x, parts, scales)
-    inputs = _Inputs(by_code, low, tuple(part._replace(lora_A=None) for part in parts))
+    inputs = _Inputs(*_prepared(x, parts, scales), tuple(part._replace(lora_A=None) for part in parts))
     plan, leaves = _plan(inputs, format, tiling)
     outs = [part.stack.codes.shape[1] for part in parts]
     return tuple(
@@ -135,32 +134,41 @@ def _plan(inputs: _Inputs, format: Format, tiling: Tiling) -> tuple[_Plan, list[
     return _Plan(first, ranks, tiling, format, tree), leaves
 
 
-# The low-rank products.
+# The low-rank products, and the order of x.
 
 
-def _low_rank(x: jax.Array, parts: Sequence[Linear], scales: Sequence[Any]) -> jax.Array | None:
-    """Every l_i, side by side [M, sum of ranks], in x's dtype; None where there is no adapter."""
+def by_code(x: jax.Array) -> jax.Array:
+    """x [M, in] -> [8, M, in / 8]: element j of every word's eight columns."""
+    return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // PER_WORD, PER_WORD), 2, 0)
+
+
+def _prepared(x: jax.Array, parts: Sequence[Linear], scales: Sequence[Any]) -> tuple[jax.Array, jax.Array | None]:
+    """x by code, and every l_i, side by side [M, sum of ranks], in x's dtype; None where there is no adapter."""
     adapted = [(part, scale) for part, scale in zip(parts, scales, strict=True) if part.lora_A is not None]
     if not adapted:
-        return None
+        return by_code(x), None
     tokens, columns = x.shape
     rank = sum(part.lora_A.shape[1] for part, _ in adapted)
     return backend.call(
-        _low_rank_kernel,
+        _prepare_kernel,
         x,
         adapted[0][0].lora_layer,
         *(part.lora_A for part, _ in adapted),
         *(jnp.asarray(scale, jnp.float32).reshape(1) for _, scale in adapted),
-        out=jax.ShapeDtypeStruct((tokens, rank), x.dtype),
-        grid=(rank if tokens else 0,),
+        out=(
+            jax.ShapeDtypeStruct((PER_WORD, tokens, columns // PER_WORD), x.dtype),
+            jax.ShapeDtypeStruct((tokens, rank), x.dtype),
+        ),
+        grid=(rank + PER_WORD if tokens else 0,),
         num_warps=8 if columns > LOW_RANK_CHUNK else 4,
         chunk=power_of_two(columns, 32, LOW_RANK_CHUNK),
     )
 
 
-def _low_rank_kernel(x_ref: Any, layer_ref: Any, *refs: Any, chunk: int) -> None:
-    """A program makes one column of the result: of every token times one row of one factor."""
-    *inputs, out_ref = refs
+def _prepare_kernel(x_ref: Any, layer_ref: Any, *refs: Any, chunk: int) -> None:
+    """A program makes one column of the low-rank products, every token times one row of one factor; or, of the last
+    eight, what meets every word's j-th code."""
+    *inputs, by_code_ref, out_ref = refs
     factors, scales = inputs[: len(inputs) // 2], inputs[len(inputs) // 2 :]
     row, layer = backend.program_id(0), layer_ref[0]
     tokens, columns = x_ref.shape
@@ -184,6 +192,18 @@ def _low_rank_kernel(x_ref: Any, layer_ref: Any, *refs: Any, chunk: int) -> None
         stop = start + A_ref.shape[1]
         backend.when((row >= start) & (row < stop))(functools.partial(run, A_ref, start, scale_ref))
         start = stop
+    backend.when(row >= start)(lambda: _reorder(x_ref, by_code_ref, row - start))
+
+
+def _reorder(x_ref: Any, by_code_ref: Any, j: jax.Array) -> None:
+    """Copies every eighth value of x, from the j-th on."""
+    _, tokens, per_row = by_code_ref.shape
+    chunk = power_of_two(per_row, 16, 1024)
+    for m, first in itertools.product(range(tokens), range(0, per_row, chunk)):
+        word = first + jax.lax.iota(jnp.int32, chunk)
+        mask = None if first + chunk <= per_row else word < per_row
+        x = backend.load(x_ref.at[jnp.int32(m), word * PER_WORD + j], mask=mask, other=None if mask is None else 0)
+        backend.store(by_code_ref.at[j, jnp.int32(m), backend.ds(jnp.int32(first), chunk)], x, mask=mask)
 
 
 # Reading a weight.
@@ -317,7 +337,7 @@ def _matvec_sums(stack: nf4.Stack, x_ref: Any, row: jax.Array, tokens: int, plan
     values_of = table(stack, layer, (rows, words))
 
     def step(word: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
-        x = [_by_code(x_ref, m, word, words, rows) for m in range(tokens)]
+        x = [_load_by_code(x_ref, m, word, words, rows) for m in range(tokens)]
         tile = fetch(stack, Tile(layer, row, word, rows, words), plan.format)
         inner = [jnp.zeros((rows, words), jnp.float32)] * tokens
         for j in range(PER_WORD):
@@ -332,7 +352,7 @@ def _matvec_sums(stack: nf4.Stack, x_ref: Any, row: jax.Array, tokens: int, plan
     return jax.lax.fori_loop(0, steps, lambda i, sums: step(i * words, sums), sums)
 
 
-def _by_code(x_ref: Any, m: int, word: jax.Array, words: int, rows: int) -> list[jax.Array]:
+def _load_by_code(x_ref: Any, m: int, word: jax.Array, words: int, rows: int) -> list[jax.Array]:
     """float32 [rows, words] eight times: what meets every word's j-th code, of token m."""
     per_row = x_ref.shape[2]
     mask = None if per_row % words == 0 else word + jax.lax.iota(jnp.int32, words) < per_row

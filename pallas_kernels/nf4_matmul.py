@@ -2,7 +2,7 @@
 
 With map and absmax of pallas_kernels/nf4.py, W[o, i] = map[codes[o, i]] * absmax[block of (o, i)]. Up to
 `MATVEC_TOKENS` tokens run on ordinary cores (pallas_kernels/nf4_kernels.py), more on tensor cores, W rounded to x's
-dtype as `nf4.dequantize(dtype=x.dtype)` does and x read as [8, in / 8], where x[j] meets every int32 word's j-th code.
+dtype as `nf4.dequantize(dtype=x.dtype)` does: the eight codes of every int32 word, decoded apart, are put side by side.
 Sums are float32, rounded to x's dtype once.
 
 Backward, for x only (the codes are frozen): dx = dy W, with W decoded again; nothing but the codes is kept.
@@ -150,40 +150,36 @@ def _pallas(x: jax.Array, weight: nf4.Weight, format: Format) -> jax.Array:
     return y
 
 
-def _by_code(x: jax.Array) -> jax.Array:
-    """x [M, in] -> [8, M, in / 8]: element j of every word's eight columns."""
-    return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // PER_WORD, PER_WORD), 2, 0)
-
-
 def tensor_core_call(
     x: jax.Array,
     weight: nf4.Weight,
     format: Format,
     *,
-    rows: int | None = None,
+    rows: int = 64,
     words: int | None = None,
     splits: int | None = None,
     num_warps: int = 4,
+    num_stages: int = 3,
 ) -> jax.Array:
-    """x [M, in] -> [M, out]; a program makes [rows, a block of tokens], 8 products of depth `words` at a time.
+    """x [M, in] -> [M, out]; a program makes [rows, block of tokens] of it, `words` int32 words of each row at a time.
 
-    Where these are too few for the GPU, `splits` programs share the columns, and their float32 sums are added up after.
+    `splits` programs share the columns, and their float32 sums are added up after.
     """
     tokens, out = x.shape[0], weight.codes.shape[-2]
     per_row = x.shape[1] // PER_WORD
     block = power_of_two(tokens, 16, 128)
-    fastest = (128, 16) if block == 64 else (64, 32)
-    rows, words = rows or fastest[0], power_of_two(per_row, 16, words or fastest[1])
+    words = power_of_two(per_row, 2, words or (8 if block > 32 and out >= LARGE_WEIGHT else 16))
     programs = -(-out // rows) * -(-tokens // block)
     steps = -(-per_row // words)
-    splits = splits or max(1, min(steps, 2 * MULTIPROCESSORS // max(programs, 1)))
+    splits = splits or min(steps, max(4, min(8, 2 * MULTIPROCESSORS // programs)))
     sums = backend.call(
         _tensor_core_kernel,
         *nf4.as_stack(*weight),
-        _by_code(x),
+        x,
         out=jax.ShapeDtypeStruct((splits, tokens, out), x.dtype if splits == 1 else jnp.float32),
         grid=(-(-out // rows), -(-tokens // block), splits),
         num_warps=num_warps,
+        num_stages=num_stages,
         rows=rows,
         words=words,
         block=block,
@@ -197,31 +193,44 @@ def _tensor_core_kernel(*refs: Any, rows: int, words: int, block: int, steps: in
     stack, x_ref, out_ref = nf4.Stack(*refs[:-2]), refs[-2], refs[-1]
     layer, row, split = stack.layer[0], backend.program_id(0) * rows, backend.program_id(2)
     token = backend.program_id(1) * block
-    _, tokens, out = out_ref.shape
-    per_row = stack.codes.shape[2]
-    at_token = token + jax.lax.broadcasted_iota(jnp.int32, (block, words), 0)
+    splits, tokens, out = out_ref.shape
+    columns, depth = x_ref.shape[1], words * PER_WORD
+    ragged = tokens % block or columns % (splits * steps * depth)
     values = table(stack, layer, (rows, words))
 
     def step(i: jax.Array, sums: jax.Array) -> jax.Array:
         word = (split * steps + i) * words
-        tile = Tile(layer, row, word, rows, words)
-        fetched = fetch(stack, tile, format)
+        column = word * PER_WORD
+        fetched = fetch(stack, Tile(layer, row, word, rows, words), format)
         scales = word_scales(stack, layer, fetched)
-        mask = (at_token < tokens) & (word + jax.lax.broadcasted_iota(jnp.int32, (block, words), 1) < per_row)
-        for j in range(PER_WORD):
-            w = (look_up(values, fetched.codes, j) * scales).astype(x_ref.dtype)
-            where = jnp.int32(j), backend.ds(token, block), backend.ds(word, words)
-            x = backend.load(x_ref.at[where], mask=mask, other=0)
-            sums += backend.dot(w, x, trans_y=True)
-        return sums
+        decoded = [(look_up(values, fetched.codes, j) * scales).astype(x_ref.dtype) for j in range(PER_WORD)]
+        mask = _inside((block, depth), (token, tokens), (column, columns)) if ragged else None
+        where = backend.ds(token, block), backend.ds(column, depth)
+        x = backend.load(x_ref.at[where], mask=mask, other=0 if ragged else None)
+        return sums + backend.dot(_interleaved(decoded), x, trans_y=True)
 
     sums = jax.lax.fori_loop(0, steps, step, jnp.zeros((rows, block), jnp.float32))
-    shape = (block, rows)
-    mask = (token + jax.lax.broadcasted_iota(jnp.int32, shape, 0) < tokens) & (
-        row + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < out
-    )
+    mask = _inside((block, rows), (token, tokens), (row, out))
     where = split, backend.ds(token, block), backend.ds(row, rows)
     backend.store(out_ref.at[where], sums.T.astype(out_ref.dtype), mask=mask)
+
+
+def _interleaved(parts: list[jax.Array]) -> jax.Array:
+    """Eight arrays [rows, words] -> [rows, 8 words], where element j of every eight is from part j: one product as deep
+    as all of them takes one trip through shared memory where eight products take eight."""
+    rows, words = parts[0].shape
+    while len(parts) > 1:  # what is joined last alternates fastest
+        half = len(parts) // 2
+        parts = [jnp.stack([parts[i], parts[i + half]], axis=-1) for i in range(half)]
+    return parts[0].reshape(rows, words * PER_WORD)
+
+
+def _inside(shape: tuple[int, int], *ends: tuple[jax.Array, int]) -> jax.Array:
+    """Which elements of a tile are in the array, given its first index and the array's end along each axis."""
+    first, second = (
+        start + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < end for axis, (start, end) in enumerate(ends)
+    )
+    return first & second
 
 
 def _dequantize_refuses(platform: str, *args: Any, **kwargs: Any) -> str | None:

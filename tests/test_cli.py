@@ -15,6 +15,7 @@ import pytest
 
 from jaxft.cli import AdapterConfig, ModelConfig, config_flags, expand_config, main
 from jaxft.errors import EXIT_STATUS, JaxftError
+from jaxft.generation.sampling import GenerationConfig
 from jaxft.train.dpo import DPOConfig
 from jaxft.train.evaluation import file_questions, task_questions
 from jaxft.train.grpo import GRPOConfig
@@ -330,7 +331,7 @@ DATACLASSES = {
     "dpo": (ModelConfig, AdapterConfig, DPOConfig),
     "grpo": (ModelConfig, AdapterConfig, GRPOConfig),
     "eval": (ModelConfig,),
-    "generate": (ModelConfig,),
+    "generate": (ModelConfig, GenerationConfig),
     "demo": (),
 }
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxft import lora
 from jaxft.errors import JaxftError
-from jaxft.generate import BUCKET, CHUNK, Sampling, bucket, complete, generate
+from jaxft.generate import BUCKET, CHUNK, Sampling, bucket, complete, generate, room
 from jaxft.generation import slots as device
 from jaxft.generation.text import StopStrings, TextStream
 from jaxft.models.decoder import Decoder
@@ -194,6 +194,25 @@ def test_other_shapes_change_log_probs_by_rounding_only(decoder, prompts, greedy
     np.testing.assert_allclose(found.log_probs, first.log_probs, rtol=0, atol=1e-4)
 
 
+def test_what_is_left_goes_on_in_fewer_slots(decoder, prompts, monkeypatch):
+    """Five slots, of which the last needs longest: two, then one, the same tokens, log-probabilities within 1e-4."""
+    sizes = []
+    compact = device.compact
+    monkeypatch.setattr(device, "compact", lambda slots, which: sizes.append(len(which)) or compact(slots, which))
+    settings = {"max_new_tokens": [3, 2, 4, 20, 20 + CHUNK + 8]}
+    first = complete(decoder, prompts, **settings)
+    assert not sizes
+    found = complete(decoder, prompts, compact=True, **settings)
+    assert sizes == [2, 1]
+    assert found.tokens == first.tokens
+    np.testing.assert_allclose(found.log_probs, first.log_probs, rtol=0, atol=1e-4)
+    assert found.utilisation > 0.9 > 0.5 > first.utilisation
+    # A slot that is free stays while a completion waits for it.
+    again = complete(decoder, prompts, compact=True, batch_size=2, **settings)
+    assert again.tokens == first.tokens
+    assert sizes == [2, 1, 1]
+
+
 def test_a_prompt_runs_once_for_its_group(decoder, prompts, monkeypatch):
     """Slots fewer than the group, so that it is refilled in its midst."""
     calls = []
@@ -226,7 +245,7 @@ def test_new_lengths_compile_nothing_new(decoder, prompts):
 
 def test_the_cache_is_decoded_in_place(decoder):
     state, results = device.Slots.idle(decoder, 2, 64, Sampling()), device.Results.empty(2, 64)
-    rest = np.zeros(1, np.int32), np.ones(2, bool), np.int32(1), False
+    rest = np.zeros(1, np.int32), np.ones(2, bool), np.int32(1), np.int32(1)
     lowered = device.decode.lower(*nnx.split(decoder), state, results, *rest, sampling=Sampling())
     donated = len(jax.tree.leaves((state, results)))
     assert lowered.as_text().count("tf.aliasing_output") == donated
@@ -300,6 +319,14 @@ def test_text_streams_in_whole_characters():
 @pytest.mark.parametrize(("length", "expected"), [(1, 64), (64, 64), (65, 128), (128, 128), (129, 256)])
 def test_buckets_are_powers_of_two(length, expected):
     assert bucket(length) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "row", "expected"),
+    [(1, 2, 64), (64, 133, 192), (130, 133, 256), (64, 600, 640), (128, 2128, 2560), (128, 4000, 4096)],
+)
+def test_a_cache_is_not_much_larger_than_its_longest_row(prompt, row, expected):
+    assert room(prompt, row) == expected
 
 
 # Bad input.

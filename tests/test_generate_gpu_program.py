@@ -18,7 +18,7 @@ def lowered_decode(slots: int, dtype: str = "float32") -> str:
     decoder.model.embed_tokens.dtype = dtype  # activations follow it
     sampling = Sampling(1.0)
     state, results = device.Slots.idle(decoder, slots, 64, sampling), device.Results.empty(slots, 64)
-    rest = np.zeros(1, np.int32), np.ones(slots, bool), np.int32(1), False
+    rest = np.zeros(1, np.int32), np.ones(slots, bool), np.int32(1), np.int32(1)
     traced = device.decode.trace(*nnx.split(decoder), state, results, *rest, sampling=sampling)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -37,6 +37,8 @@ def test_decoding_multiplies_by_packed_weights(slots: int, dtype: str, kernel: s
     assert counts[kernel] == launches, "of a layer's seven linears, q, k and v may share one, and gate and up"
     assert "nf4_dequantize" not in counts
     assert counts["cached_attention"] == 1
+    # Low-rank products and the order of x are one launch before each of a matvec's.
+    assert counts["prepare_kernel"] == (launches if kernel == "matvec_kernel" else 0)
 
 
 def test_many_rows_decode_first() -> None:

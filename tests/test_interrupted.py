@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -9,16 +10,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from converters.checkpoint import Checkpoint, stream
 from converters.cli import main
+from converters.gguf_workers import n_workers
+from converters.hf_load import HFCheckpoint
 from converters.open import open_checkpoint
+from converters.safetensors_io import n_values
 from jaxft.errors import EXIT_STATUS, JaxftError
 from jaxft.files import new_file, new_folder
 
-# Command -> name of its output.
+# Command -> name of its output, and options.
 COMMANDS = {
     "hf-to-jax": ("jax", []),
     "to-bnb": ("bnb", []),
@@ -110,6 +115,92 @@ def test_killed_at_any_moment(command: str, folder: Path, tmp_path: Path):
         assert contents(open_checkpoint(out)) == expected
         assert [path.name for path in out.parent.iterdir()] == [name]
     assert finished < 12
+
+
+def processes_of(parent: int) -> list[int]:
+    """The processes that quantize for another one and live."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # it has just ended
+            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+            if int(fields["PPid"]) == parent and not fields["State"].startswith("Z"):
+                found.append(int(status.parent.name))
+    return [pid for pid in found if b"converters.gguf_workers" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def lives(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], Any], seconds: float) -> Any:
+    """What the condition gives as soon as that is true; fails when it does not become so."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return found
+
+
+@pytest.fixture(scope="module")
+def large(make_tiny_hf: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """So many values that processes quantize them."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 5}
+    folder = make_tiny_hf(tmp_path_factory.mktemp("large") / "hf", **sizes)
+    assert n_workers(sum(n_values(info) for info in HFCheckpoint(folder).tensors.values())) > 1
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(large: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("whole") / "model.gguf"
+    assert main(["to-gguf", str(large), str(path), "--type", "q4_k_m"]) == 0
+    return path.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0.0, 0.02, 0.2, 0.5, 0.8])  # of the file's size
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_ended_while_processes_quantize(
+    how: signal.Signals, after: float, large: Path, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """No file looks finished, the processes end by themselves, and running again goes on where it was."""
+    out = tmp_path / "out"
+    command = ["to-gguf", str(large), str(out / "model.gguf"), "--type", "q4_k_m"]
+
+    def size() -> int:
+        return sum(path.stat().st_size for path in out.rglob("*.unfinished"))
+
+    code = (
+        "import signal, sys; from converters.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    wait_until(lambda: len(processes_of(process.pid)) > 1, 60)
+    workers = processes_of(process.pid)
+    wait_until(lambda: size() > after * len(whole), 60)
+    assert all(map(lives, workers))
+    process.send_signal(how)
+    told = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(20) == (130 if how == signal.SIGINT else -how)
+    assert "Traceback" not in told
+    wait_until(lambda: not any(map(lives, workers)), 20)
+    assert not (out / "model.gguf").exists(), "it looks finished"
+    assert (size() > 0) == (how != signal.SIGINT), "Ctrl-C leaves nothing, the others what is gone on with"
+
+    read: list[str] = []
+    plain = HFCheckpoint.read
+    monkeypatch.setattr(HFCheckpoint, "read", lambda self, name: (read.append(name), plain(self, name))[1])
+    assert main(command) == 0
+    assert (out / "model.gguf").read_bytes() == whole
+    assert [path.name for path in out.iterdir()] == ["model.gguf"]
+    if how != signal.SIGINT and after >= 0.2:
+        assert len(read) < len(HFCheckpoint(large).tensors), "it began again"
 
 
 def test_errors_of_the_disk_have_words(tmp_path: Path):

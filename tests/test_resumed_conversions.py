@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -121,32 +120,48 @@ def test_what_values_come_from(tiny_hf_dir: Path):
     assert origin_of(CastCheckpoint(OfADecoder())) is None
 
 
-def test_several_gguf_files(tiny_hf_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """All appear together; after a kill, the finished ones are not written again."""
-    out, write, written = tmp_path / "out", gguf_export.write_gguf, []
+@pytest.mark.parametrize("types", [("f16", "q8_0", "q4_0"), ("q8_0",)], ids=len)
+def test_gguf_files_go_on_with_the_tensor(
+    types: tuple[str, ...], tiny_hf_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """All types are written in one pass and appear together; a cut or finished file is gone on with."""
+    out = tmp_path / "out"
+    names = [f"model.{name.upper()}.gguf" for name in types]
+    command = ["to-gguf", str(tiny_hf_dir), str(out if len(types) > 1 else out / names[0]), "--type", *types]
+    read = HFCheckpoint.read
+    reads: list[str] = []
 
-    def dies(checkpoint: Checkpoint, path: Path, name: str, **options: Any) -> Path:
-        if name == "q8_0":
+    def dies(checkpoint: HFCheckpoint, name: str) -> np.ndarray:
+        if len(reads) == 20:
             raise KilledError
-        return write(checkpoint, path, name, **options)
+        reads.append(name)
+        return read(checkpoint, name)
 
-    def notes(checkpoint: Checkpoint, path: Path, name: str, **options: Any) -> Path:
-        written.append(name)
-        return write(checkpoint, path, name, **options)
+    def again(checkpoint: HFCheckpoint, name: str) -> np.ndarray:
+        reads.append(name)
+        return read(checkpoint, name)
 
-    command = ["to-gguf", str(tiny_hf_dir), str(out), "--type"]
     with monkeypatch.context() as patch:
         patch.setattr(files.shutil, "rmtree", lambda *_, **__: None)
-        patch.setattr(gguf_export, "write_gguf", dies)
+        patch.setattr(HFCheckpoint, "read", dies)
         with pytest.raises(KilledError):
-            main([*command, "f16", "q8_0"])
-    assert [path.name[:7] for path in out.iterdir()] == [".files."], "something looks finished"
-    monkeypatch.setattr(gguf_export, "write_gguf", notes)
-    assert main([*command, "f16", "q8_0", "q4_0"]) == 0
-    assert written == ["q8_0", "q4_0"]
-    assert {path.name for path in out.iterdir()} == {f"model.{name}.gguf" for name in ("F16", "Q8_0", "Q4_0")}
-    write(HFCheckpoint(tiny_hf_dir), tmp_path / "alone.gguf", "f16")
-    assert (out / "model.F16.gguf").read_bytes() == (tmp_path / "alone.gguf").read_bytes()
+            main(command)
+    assert sorted(set(reads)) == sorted(reads), "a tensor is read once, whatever the number of types"
+    (left,) = out.iterdir()
+    assert left.name.startswith("."), "it looks finished"
+    unfinished = sorted(left.glob("*.unfinished"))
+    assert len(unfinished) == len(types)
+    with unfinished[-1].open("ab") as file:
+        file.truncate(file.tell() - 5)
+    unfinished[0].rename(left / unfinished[0].stem)  # killed while they got their names
+    monkeypatch.setattr(HFCheckpoint, "read", again)
+    before = len(HFCheckpoint(tiny_hf_dir).tensors)
+    assert main(command) == 0
+    assert before <= len(reads) <= before + 2, "only the last tensors are read again"
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    for kind, name in zip(types, names, strict=True):
+        alone = gguf_export.write_gguf(HFCheckpoint(tiny_hf_dir), tmp_path / "alone.gguf", kind, overwrite=True)
+        assert (out / name).read_bytes() == alone.read_bytes()
 
 
 @pytest.mark.slow

@@ -101,7 +101,8 @@ def test_sigterm_in_a_process(tiny_hf_dir: Path, tmp_path: Path):
 
 
 def test_a_file_system_that_is_full(tiny_hf_dir: Path, tmp_path: Path):
-    """A file system of 3 MiB in memory that something else fills in the middle of the run."""
+    """A file system of 3 MiB in memory that something else fills in the middle of the run, again whenever it has room:
+    all but 160 KiB, too little for a checkpoint and enough for what is written at the end."""
     probe = (
         subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False)
         if shutil.which("unshare")
@@ -114,9 +115,11 @@ def test_a_file_system_that_is_full(tiny_hf_dir: Path, tmp_path: Path):
     script = (
         f'mount -t tmpfs -o size=3m tmpfs "{disk}" && '
         f'( while [ ! -d "{disk}/out/checkpoint-5" ] ; do sleep 0.02; done; '
-        f'cat /dev/zero > "{disk}/filler" 2>/dev/null ) & '
+        f'while sleep 0.02; do more=$(( $(df --output=avail -B1 "{disk}" | tail -n 1) - 163840 )); '
+        f'[ $more -le 0 ] || head -c $more /dev/zero >> "{disk}/filler" 2>/dev/null; done ) & filler=$!; '
         '"$@"; status=$?; '
-        f'ls "{disk}/out" >&2; rm "{disk}/filler"; "$@" && cp "{disk}/out/adapter.npz" "{tmp_path}"; exit $status'
+        f'ls "{disk}/out" >&2; kill $filler; rm "{disk}/filler"; '
+        f'"$@" && cp "{disk}/out/adapter.npz" "{tmp_path}"; exit $status'
     )
     mount_first = script.split(" && ", 1)
     prefix = ("unshare", "-rm", "bash", "-c", f"{mount_first[0]} || exit 9; {mount_first[1]}", "bash")

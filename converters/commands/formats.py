@@ -91,7 +91,7 @@ class ToGguf(Writes):
             self._model(targets)
 
     def _model(self, targets: Mapping[str, Path]) -> None:
-        from converters.gguf_export import check_quantization, write_gguf
+        from converters.gguf_export import check_quantization, write_ggufs
         from converters.imatrix import read_imatrix
         from converters.open import open_checkpoint
         from converters.resume import resume_key
@@ -104,11 +104,12 @@ class ToGguf(Writes):
         _warn_if_quantized(checkpoint)
         importance = None if self.imatrix is None else (self.imatrix, read_imatrix(self.imatrix))
 
-        def write(name: str, target: Path) -> None:
-            write_gguf(checkpoint, target, name, importance=importance, overwrite=self.overwrite)
-
         matrix = self.imatrix and (str(self.imatrix), self.imatrix.stat().st_mtime_ns)
-        _write_each(write, targets, resume_key(checkpoint, matrix))
+        key = resume_key(checkpoint, [matrix, *targets])
+        name = self.destination.name if len(targets) == 1 else ""
+        with new_files(next(iter(targets.values())).parent, resume_key=key, name=name) as folder:
+            new = {name: folder / target.name for name, target in targets.items()}
+            write_ggufs(checkpoint, new, importance=importance, resumable=True)
         written = {target: f"GGUF, {name}" for name, target in targets.items()}
         if self.modelfile:
             from converters.modelfile import write_modelfile
@@ -158,7 +159,7 @@ class Requantize(Writes):
         def write(name: str, target: Path) -> None:
             requantize(self.source, target, name, importance=importance, overwrite=self.overwrite)
 
-        _write_each(write, targets, "")
+        _write_each(write, targets)
         self.report({target: f"GGUF, {name}, from {self.source}" for name, target in targets.items()})
 
 
@@ -264,29 +265,27 @@ def gguf_targets(destination: Path, types: tuple[str, ...], *, overwrite: bool) 
     """Type -> file; several types make a folder of files.
 
     Raises:
-      JaxftError: one of several files exists, or several types are to go into one file.
+      JaxftError: one of the files exists, or several types are to go into one file.
     """
-    if len(types) == 1:
-        return {types[0]: destination}
-    if destination.suffix == ".gguf":
-        raise JaxftError(destination, f"is one file, for the types {', '.join(types)}", "Name a folder")
     targets = {name: destination / f"model.{name.upper()}.gguf" for name in types}
+    if len(types) == 1:
+        targets = {types[0]: destination}
+    elif destination.suffix == ".gguf":
+        raise JaxftError(destination, f"is one file, for the types {', '.join(types)}", "Name a folder")
     for target in targets.values():
         if target.exists() and not overwrite:
-            raise JaxftError(target, "exists already", "Choose another folder, or ask for overwriting")
+            raise JaxftError(target, "exists already", "Choose another name, or ask for overwriting")
     return targets
 
 
-def _write_each(write: Callable[[str, Path], None], targets: Mapping[str, Path], key: str) -> None:
-    """Writes one file in place, and several so that they appear together; with a key, those that a killed process had
-    finished are kept."""
+def _write_each(write: Callable[[str, Path], None], targets: Mapping[str, Path]) -> None:
+    """Writes one file in place, and several so that they appear together."""
     if len(targets) == 1:
         write(*next(iter(targets.items())))
         return
-    with new_files(next(iter(targets.values())).parent, resume_key=key) as folder:
+    with new_files(next(iter(targets.values())).parent) as folder:
         for name, target in targets.items():
-            if not (folder / target.name).exists():
-                write(name, folder / target.name)
+            write(name, folder / target.name)
 
 
 def _warn_if_quantized(checkpoint: Checkpoint) -> None:

@@ -21,7 +21,8 @@ from jaxft import lora
 from jaxft.api import saving
 from jaxft.api.saving import BaseWeights, SaveMethod
 from jaxft.errors import JaxftError, refuse_unknown
-from jaxft.generate import Sampling, generate
+from jaxft.generate import generate
+from jaxft.generation.sampling import GenerationConfig
 from jaxft.generation.text import StopStrings, TextStream
 from jaxft.models import labels
 from jaxft.models.decoder import Decoder
@@ -71,21 +72,12 @@ class LanguageModel:
         input_ids: Any,
         attention_mask: Any = None,
         *,
-        max_new_tokens: int = 128,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
         num_return_sequences: int = 1,
-        seed: int | Sequence[int] = 0,
         eos_token_id: int | Sequence[int] | None = None,
-        stop_strings: Sequence[str] = (),
         batch_size: int = 64,
         on_tokens: Callable[[int, list[int]], None] | None = None,
         streamer: Any = None,
-        **unused: Any,
+        **settings: Any,
     ) -> list[list[int]]:
         """Each row's prompt followed by its new tokens, up to and including what ended it.
 
@@ -93,24 +85,23 @@ class LanguageModel:
           input_ids: token ids, rows of any lengths, an array or tensor [B, T], or what a tokenizer gives for them,
             which has the attention mask, too.
           attention_mask: 0 where an array's row is padding, left or right; the padding is dropped.
-          max_new_tokens: at most so many.
-          do_sample: draw with temperature, top_k, top_p and min_p; otherwise take the most likely token.
-          temperature, top_k, top_p, min_p, repetition_penalty: see `jaxft.generate.Sampling`.
           num_return_sequences: how many rows each prompt gets.
-          seed: noise depends on it and on the row and position only; or one for each row.
           eos_token_id: None takes `eos_token_ids`.
-          stop_strings: texts that end a row, too.
           batch_size: rows that are generated at once.
           on_tokens: is called with a row's number and its next tokens, as they are drawn.
           streamer: an object with `put` and `end`, as transformers' TextStreamer, which gets a single row: its prompt
             and then its tokens.
-          unused: use_cache and pad_token_id, which have no effect: there always is a cache, and never padding.
+          settings: those of `GenerationConfig`: max_new_tokens, do_sample, temperature, ...; use_cache and pad_token_id
+            have no effect, as there always is a cache and never padding.
 
         Raises:
           JaxftError: a setting that is unknown or out of range, a prompt that does not fit the model, stop strings
             without a tokenizer, or a streamer with several rows.
         """
-        refuse_unknown("generate", unused.keys() - {"use_cache", "pad_token_id"}, LanguageModel.generate)
+        known = {field.name for field in dataclasses.fields(GenerationConfig)}
+        unknown = settings.keys() - known - {"use_cache", "pad_token_id"}
+        refuse_unknown("generate", unknown, LanguageModel.generate, GenerationConfig)
+        config = GenerationConfig(**{name: value for name, value in settings.items() if name in known})
         if isinstance(input_ids, Mapping):
             input_ids, attention_mask = input_ids["input_ids"], input_ids.get("attention_mask", attention_mask)
         rows = np.asarray(input_ids) if isinstance(input_ids, jax.Array) else input_ids
@@ -124,16 +115,15 @@ class LanguageModel:
         if streamer is not None:
             on_tokens = _streamed(streamer, prompts, num_return_sequences)
         eos = self.eos_token_ids() if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
-        drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p} if do_sample else {}
         new = generate(
             self.decoder,
             prompts,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=config.max_new_tokens,
             num_return_sequences=num_return_sequences,
             eos_token_ids=eos,
-            stop=StopStrings(stop_strings, self.text_of) if stop_strings else None,
-            sampling=Sampling(**drawing, repetition_penalty=repetition_penalty),
-            seed=seed,
+            stop=StopStrings(config.stop_strings, self.text_of) if config.stop_strings else None,
+            sampling=config.sampling(),
+            seed=config.seed,
             batch_size=batch_size,
             on_tokens=on_tokens,
         )

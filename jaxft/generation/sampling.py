@@ -8,6 +8,7 @@ with `pallas_kernels.selected_log_probs(..., logit_scale=1 / temperature)`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,31 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig(Sampling):
+    """How completions are made, spelt as transformers spells it; the others are `Sampling`'s.
+
+    Attributes:
+      max_new_tokens: at most so many for each.
+      do_sample: draw with temperature, top_k, top_p and min_p; otherwise take the most likely token.
+      temperature: of the drawing.
+      stop_strings: texts that end a completion.
+      seed: noise depends on it and on the row and position only; or one for each row.
+    """
+
+    max_new_tokens: int = 128
+    do_sample: bool = False
+    temperature: float = 1.0
+    stop_strings: Sequence[str] = ()
+    seed: int | Sequence[int] = 0
+
+    def sampling(self) -> Sampling:
+        """How the next token is drawn."""
+        if not self.do_sample:
+            return Sampling(repetition_penalty=self.repetition_penalty)
+        return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})
 
 
 def sample(

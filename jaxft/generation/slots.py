@@ -146,6 +146,14 @@ def grow(slots: Slots, capacity: int) -> Slots:
     return slots._replace(cache=jax.tree.map(lambda array: jnp.pad(array, more), slots.cache))
 
 
+@jax.jit
+def compact(slots: Slots, which: jax.Array) -> Slots:
+    """The slots int32 [any], in that order, as a smaller batch. Nothing is donated: no array keeps its shape."""
+    cache = jax.tree.map(lambda array: array.at[:, which].get(mode="promise_in_bounds"), slots.cache)
+    token, position, row, left, keys, seen = jax.tree.map(lambda array: array[which], slots[1:])
+    return Slots(cache, token, position, row, left, keys, seen)
+
+
 class _Loop(NamedTuple):
     step: jax.Array
     slots: Slots
@@ -161,33 +169,32 @@ def decode(
     eos: jax.Array,
     occupied: jax.Array,
     steps: jax.Array,
-    waiting: jax.Array,
+    least: jax.Array,
     *,
     sampling: Sampling,
 ) -> tuple[Slots, Results, jax.Array]:
     """Draws a token for every busy slot, up to `steps` times; also returns how many times it was.
 
-    It ends early when no slot is busy, or, where `waiting` says that completions wait for one, when one becomes idle.
+    It ends early when fewer than `least` slots are busy, of which there is at least one.
 
     Args:
       eos: int32 [any], the tokens that end a completion.
       occupied: bool [B], False makes a slot idle.
-      steps, waiting: int32 and bool scalars. The cache must hold `steps` more tokens of every busy slot, or as many as
+      steps, least: int32 scalars. The cache must hold `steps` more tokens of every busy slot, or as many as
         it may still draw.
     """
     decoder = _decoder(graphdef, params)
     slots = slots._replace(left=jnp.where(occupied, slots.left, 0))
-    busy = slots.left > 0
 
     def advance(loop: _Loop) -> _Loop:
-        hidden, cache = decoder.extend(loop.slots.token[:, None], loop.slots.position[:, None], loop.slots.cache)
+        # Attention reads a row up to its position, so an idle one stands at the start of its own.
+        position = jnp.where(loop.slots.left > 0, loop.slots.position, 0)
+        hidden, cache = decoder.extend(loop.slots.token[:, None], position[:, None], loop.slots.cache)
         logits_BV = decoder.logits(hidden)[:, 0]
         return _Loop(loop.step + 1, *_record(loop.slots._replace(cache=cache), loop.results, logits_BV, eos, sampling))
 
     def goes_on(loop: _Loop) -> jax.Array:
-        still = loop.slots.left > 0
-        freed = jnp.any(busy & ~still)
-        return (loop.step < steps) & jnp.any(still) & ~(waiting & freed)
+        return (loop.step < steps) & (jnp.sum(loop.slots.left > 0, dtype=jnp.int32) >= least)
 
     step, slots, results = jax.lax.while_loop(goes_on, advance, _Loop(jnp.int32(0), slots, results))
     return slots, results, step

@@ -51,10 +51,14 @@ class KVCache(NamedTuple):
     def write(self, layer: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVCache:
         """Puts k and v [B, T, K, H] at `positions` [B, T] of `layer`."""
         rows = jnp.arange(k.shape[0])[:, None]
-        return KVCache(
-            self.k.at[layer, rows, positions].set(k.astype(self.k.dtype)),
-            self.v.at[layer, rows, positions].set(v.astype(self.v.dtype)),
-        )
+
+        def put(cache: jax.Array, new: jax.Array) -> jax.Array:
+            new = new.astype(cache.dtype)
+            if positions.shape == (1, 1):  # one copy; a scatter asks whether it is inside, and reads what was there
+                return jax.lax.dynamic_update_slice(cache, new[None], (layer, 0, positions[0, 0], 0, 0))
+            return cache.at[layer, rows, positions].set(new)
+
+        return KVCache(put(self.k, k), put(self.v, v))
 
 
 class Attention(nnx.Module):

@@ -115,7 +115,13 @@ class Router(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The experts' gated MLPs: three stacks of linears [E, out, in]."""
+    """The experts' gated MLPs: three stacks of linears [E, out, in].
+
+    Attributes:
+      weigh_results: multiply the results by the weights, and not the activations, which `down_proj` then reads bare.
+    """
+
+    weigh_results = False
 
     def __init__(self, config: DecoderConfig, *, stack: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         assert config.moe is not None
@@ -146,6 +152,8 @@ class Experts(nnx.Module):
         h = pk.gated_activation(gate, up, activation=moe.expert_act, alpha=moe.swiglu_alpha, limit=moe.swiglu_limit)
         if moe.scale_inputs:
             return rows.sum_of_pairs(self.down_proj(h, groups))
+        if self.weigh_results:
+            return rows.sum_of_pairs(_scaled(self.down_proj(h, groups), weights))
         return rows.sum_of_pairs(self.down_proj(_scaled(h, weights), groups, weights))
 
 

@@ -202,8 +202,12 @@ def _named(trainable: Any, opt_state: Any) -> dict[str, Any]:
 def _on_host(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
     """numpy arrays of their own, so that a checkpoint does not depend on the devices it was made on."""
     found = jax.device_get(arrays)
-    # On a CPU these are views of what the next step overwrites.
-    return {name: np.array(a) for name, a in found.items()} if jax.default_backend() == "cpu" else found
+    # What lies in host memory, on a CPU or of a paged optimizer, comes as a view of what the next step overwrites.
+    return {name: np.array(a) if _in_host_memory(arrays[name]) else a for name, a in found.items()}
+
+
+def _in_host_memory(array: jax.Array) -> bool:
+    return jax.default_backend() == "cpu" or array.sharding.memory_kind != "device"
 
 
 def differences(found: Any, expected: Any, where: str = "") -> Iterator[str]:

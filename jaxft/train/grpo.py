@@ -259,6 +259,7 @@ class GRPOTrainer:
             sampling=args.sampling(),
             seed=seed,
             batch_size=args.generation_batch_size,
+            compact=True,
         )
         texts = [str(text) for text in self.tokenizer.batch_decode(drawn.tokens, skip_special_tokens=True)]
         repeated = [prompt for prompt in prompts for _ in range(args.num_generations)]
