@@ -134,6 +134,8 @@ def _taken_apart(adapter: Adapter, layout: Layout, parameters: list[_Parameter])
     patterns = {name: dict(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
     for parameter in (p for p in parameters if p.module + _A in tensors):
         a, b = tensors.pop(parameter.module + _A), tensors.pop(parameter.module + _B)
+        if parameter.op.peft_exchanges and len(a) % parameter.experts == 0 and b.shape[1:] == (len(a),):
+            a, b = _exchanged(a, b, parameter.experts)
         shape = layout.decoder[f"{parameter.linears(0)[0]}.weight"].shape
         experts, parts, rank = parameter.experts, len(parameter.op.parts), len(a) // parameter.experts
         if a.shape != (experts * rank, shape[1]) or b.shape != (parts * shape[0], rank * experts):
@@ -182,8 +184,10 @@ def _put_together(adapter: Adapter, layout: Layout, parameters: list[_Parameter]
         bands = [band for _, bs in pairs for band in np.split(block_diagonal(bs), parts)]
         stack = parameter.op.stack(parameter.experts, (shape[0], rank))
         b = stack.with_rows_first(stack.join(*bands)).transpose(1, 2, 0)
-        tensors[parameter.module + _A] = np.concatenate([a for As, _ in pairs for a in As])
-        tensors[parameter.module + _B] = b.reshape(b.shape[0], -1)
+        a, b = np.concatenate([a for As, _ in pairs for a in As]), b.reshape(b.shape[0], -1)
+        if parameter.op.peft_exchanges:
+            a, b = _exchanged(a, b, parameter.experts)
+        tensors |= {parameter.module + _A: a, parameter.module + _B: b}
         if parts > 1:
             scale = scale_of(adapter, modules[0][0])
             patterns["rank_pattern"][parameter.op.hf] = rank
@@ -198,6 +202,14 @@ def _put_together(adapter: Adapter, layout: Layout, parameters: list[_Parameter]
     plain = [_ending(module, 1) for module in others if _ending(module, 1) not in experts]
     targets = {"target_modules": list(dict.fromkeys(plain)), "target_parameters": list(dict.fromkeys(named))}
     return Adapter({**config, **patterns, **targets}, tensors)
+
+
+def _exchanged(a: np.ndarray, b: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]:
+    """A [E R, in] and B [out, R E] of the transposed product: [E R, out] and [in, R E]; its own inverse."""
+    rank = len(a) // experts
+    of_b = b.reshape(len(b), rank, experts).transpose(2, 1, 0).reshape(experts * rank, len(b))
+    of_a = a.reshape(experts, rank, -1).transpose(2, 1, 0).reshape(-1, rank * experts)
+    return of_b, of_a
 
 
 def _is_expert(name: str) -> bool:

@@ -51,11 +51,14 @@ class StackExperts:
       hf: the end of HF's name.
       parts: the ends of the decoder's names, with {} for the expert's number.
       axes: a permutation of (0, 1, 2, ...), which stand for E, P and the axes of the decoder's tensors.
+      peft_exchanges: peft takes the tensor, which is [E, in, out], for [E, out, in]: its A is another's B transposed,
+        and its B another's A.
     """
 
     hf: str
     parts: tuple[str, ...]
     axes: tuple[int, ...]
+    peft_exchanges: bool = False
 
     def sources(self, shapes: Mapping[str, Shape]) -> tuple[dict[str, Source], dict[str, Source]]:
         """Of every layer that has such experts."""

@@ -272,7 +272,7 @@ def test_experts_in_4_bits_need_a_flag_and_compute_with_what_the_codes_mean(
     assert np.abs(np.asarray(plain(ids)) - before).max() > 0.05
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe"])
+@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", "llama4_text"])
 def test_adapters_of_stacked_experts_are_pefts_parameters_and_come_back(family: str) -> None:
     """What peft computes of them (`ParamWrapper.get_delta_weight`) is each expert's own scale * B A, in its place."""
     hf, spec = arch_config(family, smallest(family)), ARCHS[family]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from converters.archs.base import ArchSpec, ConfigReader
 from converters.archs.common import read_common, read_rotating_layers
 from converters.archs.llama4_gguf import LLAMA4_GGUF, POSITIONS, STEP, chunked_layers, sparse_layers
@@ -57,5 +59,5 @@ LLAMA4 = ArchSpec(
         "router_aux_loss_coef": 0.001,
     },
     layout=(*_EXPERTS, Rename("feed_forward.router", "mlp.gate"), Rename("feed_forward", "mlp")),
-    expert_parameters=_EXPERTS,
+    expert_parameters=tuple(dataclasses.replace(op, peft_exchanges=True) for op in _EXPERTS),
 )
