@@ -303,7 +303,8 @@ def test_peft_loads_what_we_write(tiny_hf_dir: Path, tmp_path: Path, use_rslora:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    adapter = random_adapter(LoraConfig(3, 2, 0.25, CONFIG.target_modules, use_rslora))
+    # With twice the scale one token's attention is so sharp that half an ulp in each weight moves its logits by 4e-5.
+    adapter = random_adapter(LoraConfig(3, 1, 0.25, CONFIG.target_modules, use_rslora))
     out = write_adapter(adapter, tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(tiny_hf_dir, dtype=torch.float32)
     without = torch_logits(base)

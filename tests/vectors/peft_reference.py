@@ -21,7 +21,7 @@ def model(case: str, config: dict[str, Any] | None = None, **changes: Any) -> An
     settings = {**cases.settings(case), **changes}
     if settings.get("init_lora_weights") == "loftq":
         settings["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1}
-    base = torch_reference.llama(config, random_tensors(config))
+    base = torch_reference.model(config, random_tensors(config))
     with on_the_cpu():
         peft_model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings)).train()
     for name, module in peft_model.named_modules():

@@ -35,6 +35,7 @@ def model(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
         )
     problems = {kind: names for kind, names in info.items() if names and set(names) != {"lm_head.weight"}}
     assert not problems, problems
+    result.name_or_path = ""  # the folder is gone
     return result.float().eval()
 
 
