@@ -96,6 +96,24 @@ def test_a_run(model: LanguageModel, tmp_path: Path):
         np.testing.assert_array_equal(final[name], array)
 
 
+def test_no_learning_rate_is_computed_between_steps(model: LanguageModel, tmp_path: Path, monkeypatch):
+    """A device would get to it behind the step that it was given before, and the host would wait for that one, too."""
+    asked: list[int] = []
+    make = trainer.TrainingArguments.schedule
+
+    def schedule(self: Any, *arguments: Any) -> Callable[[Any], Any]:
+        made = make(self, *arguments)
+        return lambda step: asked.append(0) or made(step)
+
+    monkeypatch.setattr(trainer.TrainingArguments, "schedule", schedule)
+    so_far: list[int] = []
+    result = train(model, tmp_path, callbacks=[lambda state: so_far.append(len(asked))])
+    assert len(so_far) == 4
+    assert so_far[0] == so_far[-1] > 0
+    rates = [float(make(SETTINGS, 4)(step)) for step in range(4)]
+    assert [row["learning_rate"] for row in result.rows] == pytest.approx(rates)
+
+
 @pytest.mark.slow
 def test_remat_auto_takes_what_fits_and_changes_no_loss(tiny_hf_dir: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -159,7 +160,7 @@ class _Loop:
         # The arrays are donated step by step: work on copies until the first step has made new ones.
         self.trainable = jax.tree.map(lambda leaf: leaf.copy(), trainable)
         stack.callback(lambda: nnx.update(job.decoder, self.trainable))
-        self.schedule = args.schedule(job.total_steps)
+        self.learning_rates = learning_rates(args, job.total_steps)
         start = self.progress.step
         self.rows = (
             [row for row in read_rows(self.output_dir / "metrics.jsonl") if row["step"] <= start] if start else []
@@ -271,7 +272,7 @@ class _Loop:
                 self._not_finite(done)
             if (done.step - 1) % self.args.logging_steps == 0 or done.step == self.job.total_steps:
                 updates = done.step - 1 - self.progress.skipped
-                row = self.meter.row(done.step, metrics, float(np.asarray(self.schedule(updates))))
+                row = self.meter.row(done.step, metrics, float(self.learning_rates[updates]))
                 self._note(row)
             last = self._last_logged()
             self.advance(note=reporting.note(last) if last else "")
@@ -364,6 +365,15 @@ class _Loop:
             "train_loss": float(np.mean([row["loss"] for row in train if row["loss"] is not None])),
         }
         return TrainResult(self.progress.step, self.rows, interrupted, metrics)
+
+
+def learning_rates(args: TrainingArguments, total_steps: int) -> np.ndarray:
+    """float32 [total_steps], of each update.
+
+    All at once: the device would compute a step's own only after the steps that it was already given.
+    """
+    schedule = args.schedule(total_steps)
+    return np.asarray(jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(jnp.arange(total_steps)))
 
 
 def best_step(evaluations: Sequence[Mapping[str, Any]], args: TrainingArguments) -> int | None:
