@@ -236,7 +236,14 @@ def main() -> None:
     rows, length = map(int, arguments.shape.split("x"))
     names = ("model", "quant", "remat", "lora_dtype", "lora_dropout", "use_dora", "optim", "loss", "accumulation")
     settings = {name: getattr(arguments, name) for name in names}
-    record: dict[str, Any] = {"kind": "train", "job": "jaxft", **settings, "batch": rows, "seq": length}
+    record: dict[str, Any] = {
+        "kind": "train",
+        "job": "jaxft",
+        **settings,
+        "layers": arguments.layers,
+        "batch": rows,
+        "seq": length,
+    }
     prepared = prepare(arguments, rows, length, record)
     measure(prepared, arguments, arguments.accumulation * rows * length, record)
     record |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
@@ -252,7 +259,7 @@ def main() -> None:
 
 def prepare(arguments: argparse.Namespace, rows: int, length: int, record: dict[str, Any]) -> Prepared:
     """Makes the model and compiles its step; what that took goes into the record."""
-    config = MODELS[arguments.model]
+    config = first_layers(MODELS[arguments.model], arguments.layers)
     start = time.perf_counter()
     decoder = random_decoder(config, arguments.quant)
     adapter = lora.LoraConfig(r=16, lora_dropout=arguments.lora_dropout, use_dora=arguments.use_dora)
@@ -278,6 +285,13 @@ def prepare(arguments: argparse.Namespace, rows: int, length: int, record: dict[
         "host_gib": round(analysis.host_temp_size_in_bytes / GIB, 3),
     }
     return Prepared(step, [trainable, opt_state], frozen_for(decoder, frozen), batch)
+
+
+def first_layers(config: DecoderConfig, layers: int | None) -> DecoderConfig:
+    """The model without its later layers; None leaves all."""
+    layers = layers or config.num_hidden_layers
+    kinds = {name: getattr(config, name)[:layers] for name in ("layer_types", "mlp_layer_types")}
+    return dataclasses.replace(config, num_hidden_layers=layers, **kinds)
 
 
 def compiled(decoder: Decoder, tx: Any, inputs: Any, loss: Callable[..., Any], policy: str) -> Any:
@@ -338,6 +352,7 @@ def measure(prepared: Prepared, arguments: argparse.Namespace, tokens: int, reco
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.train", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, help="so many of the model's layers")
     parser.add_argument("--quant", choices=("nf4", "mxfp4", "none"), default="nf4", help="mxfp4: of experts alone")
     parser.add_argument("--shape", default="2x2048", help="rows x tokens")
     parser.add_argument("--remat", default="offload", help="a policy of jaxft.models.remat, or auto")

@@ -93,7 +93,7 @@ def linears(
     tokens, columns = x.shape
     tiling = tiling or FASTEST
     tiling = tiling._replace(words=power_of_two(columns // PER_WORD, 16, tiling.words))
-    inputs = _Inputs(*_prepared(x, parts, scales), tuple(part._replace(lora_A=None) for part in parts))
+    inputs = Inputs(*_prepared(x, parts, scales), tuple(part._replace(lora_A=None) for part in parts))
     plan, leaves = _plan(inputs, format, tiling)
     outs = [part.stack.codes.shape[1] for part in parts]
     return tuple(
@@ -118,15 +118,15 @@ class _Plan(NamedTuple):
     tree: Any  # of the kernel's inputs
 
 
-class _Inputs(NamedTuple):
-    """What the kernel reads: x [8, M, in / 8], low [M, sum of ranks] or None, and the linears."""
+class Inputs(NamedTuple):
+    """What a kernel reads: x in its order ([8, M, in / 8]), low [M, sum of ranks] or None, and the linears."""
 
     x: Any
     low: Any
     parts: tuple[Linear, ...]
 
 
-def _plan(inputs: _Inputs, format: Format, tiling: Tiling) -> tuple[_Plan, list[jax.Array]]:
+def _plan(inputs: Inputs, format: Format, tiling: Tiling) -> tuple[_Plan, list[jax.Array]]:
     programs = (-(-part.stack.codes.shape[1] // tiling.rows) for part in inputs.parts)
     first = tuple(itertools.accumulate(programs, initial=0))
     ranks = tuple(0 if part.lora_B is None else part.lora_B.shape[2] for part in inputs.parts)
@@ -297,7 +297,7 @@ def _matvec_kernel(*refs: Any, plan: _Plan) -> None:
             backend.when((program >= first) & (program < stop))(run)
 
 
-def _matvec_rows(inputs: _Inputs, i: int, row: jax.Array, out_ref: Any, plan: _Plan) -> None:
+def _matvec_rows(inputs: Inputs, i: int, row: jax.Array, out_ref: Any, plan: _Plan) -> None:
     """Linear i's result in the rows from `row` on."""
     rows, (tokens, out) = plan.tiling.rows, out_ref.shape
     mask = None if out % rows == 0 else row + jax.lax.iota(jnp.int32, rows) < out
@@ -306,7 +306,7 @@ def _matvec_rows(inputs: _Inputs, i: int, row: jax.Array, out_ref: Any, plan: _P
         backend.store(out_ref.at[jnp.int32(m), backend.ds(row, rows)], y, mask=mask)
 
 
-def _matvec_row(y: jax.Array, inputs: _Inputs, i: int, m: int, row: jax.Array, plan: _Plan) -> jax.Array:
+def _matvec_row(y: jax.Array, inputs: Inputs, i: int, m: int, row: jax.Array, plan: _Plan) -> jax.Array:
     """float32 [rows]: linear i's base product of token m, with low-rank part and bias."""
     part, rank, rows = inputs.parts[i], plan.ranks[i], plan.tiling.rows
     out = part.stack.codes.shape[1]

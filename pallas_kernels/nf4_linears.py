@@ -3,7 +3,8 @@
     y_i = x W_i^T + scale_i (x A_i^T) B_i^T + bias_i
 
 The low-rank product x A_i^T is rounded to x's dtype, the rest is summed in float32 and rounded once. There is no
-gradient: `lora_linear`, `lora_qkv` and `lora_mlp` run this where nothing is differentiated. Kernels: nf4_kernels.py.
+gradient: `lora_linear`, `lora_qkv` and `lora_mlp` run this where nothing is differentiated. Kernels: nf4_kernels.py,
+and from five tokens on nf4_tensor_kernels.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import backend, nf4, nf4_kernels
+from pallas_kernels import backend, nf4, nf4_kernels, nf4_tensor_kernels
 from pallas_kernels.op import Case, Choice, Implementation, Op, normal, register
 from pallas_kernels.precision import einsum_float32
 
@@ -95,12 +96,7 @@ def _reference(x: jax.Array, linears: Sequence[Any]) -> tuple[jax.Array, ...]:
     return tuple(found)
 
 
-def _pallas(
-    x: jax.Array,
-    linears: Sequence[Any],
-    *,
-    tiling: nf4_kernels.Tiling | None = None,
-) -> tuple[jax.Array, ...]:
+def _pallas(x: jax.Array, linears: Sequence[Any]) -> tuple[jax.Array, ...]:
     parts, formats = [], []
     for linear in linears:
         arguments = linear.weight.nf4_arguments()
@@ -108,14 +104,16 @@ def _pallas(
         lora_A, lora_B, layer = _stacked(linear)
         parts.append(nf4_kernels.Linear(nf4.as_stack(**arguments), lora_A, lora_B, layer, linear.bias))
     scales = [linear.scale for linear in linears]
-    found = nf4_kernels.linears(_flat(x), parts, scales, formats[0], tiling=tiling)
+    flat = _flat(x)
+    kernels = nf4_kernels if flat.shape[0] <= nf4_kernels.MATVEC_TOKENS else nf4_tensor_kernels
+    found = kernels.linears(flat, parts, scales, formats[0])
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in found)
 
 
 def _refuses(platform: str, x: jax.Array, linears: Sequence[Any], **kwargs: Any) -> str | None:
     tokens = math.prod(x.shape[:-1])
-    if tokens > nf4_kernels.MATVEC_TOKENS:
-        return f"it takes up to {nf4_kernels.MATVEC_TOKENS} tokens, not {tokens}"
+    if tokens > nf4_tensor_kernels.MAX_TOKENS:
+        return f"it takes up to {nf4_tensor_kernels.MAX_TOKENS} tokens, not {tokens}"
     for linear in linears:
         others = [name for name in linear._fields if name not in KNOWN and getattr(linear, name) is not None]
         if others:
@@ -131,13 +129,15 @@ def _refuses(platform: str, x: jax.Array, linears: Sequence[Any], **kwargs: Any)
     return backend.refuses_platform(platform)
 
 
-def _rank(platform: str, *args: Any, **kwargs: Any) -> tuple[Choice, ...]:
+def _rank(platform: str, x: jax.Array, *args: Any, **kwargs: Any) -> tuple[Choice, ...]:
     if platform != "gpu":
         return (Choice("xla", "the kernels are for GPUs"),)
+    if math.prod(x.shape[:-1]) > nf4_kernels.MATVEC_TOKENS and x.dtype == jnp.float32:
+        return (Choice("xla", "float32 products on tensor cores are slower than decoding first"),)
     return (
         Choice(
             "pallas",
-            "one launch for all linears: 26 kernels a layer instead of 41 where it was measured, 8B on an H100",
+            "one launch for all linears and adapters: 8B on an H100, 26 kernels a layer instead of 41 for one token",
         ),
     )
 
@@ -183,6 +183,8 @@ NF4_LINEARS = register(
         cases=(
             _case("one token, of a stack", 1, 128, ((4, 3, False), (2, None, True)), layers=2),
             _case("columns not whole tiles", 3, 328, ((10, 3, True), (10, None, False))),
+            _case("tensor cores, of a stack", 9, 256, ((70, 16, False), (33, 3, True), (10, None, True)), layers=2),
+            _case("tensor cores, programs share columns", 17, 2688, ((40, 40, True),)),
             _case("several tiles of columns", 2, 2112, ((5, 5, True), (3, 17, False))),
         ),
         roundings=4,

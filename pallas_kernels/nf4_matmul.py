@@ -1,13 +1,8 @@
 """A few tokens times an NF4 weight, decoded on the way to the multiplication: y = x W^T, for decoding text.
 
 With map and absmax of pallas_kernels/nf4.py, W[o, i] = map[codes[o, i]] * absmax[block of (o, i)]. Up to
-`MATVEC_TOKENS` tokens run on ordinary cores (pallas_kernels/nf4_kernels.py), more on tensor cores, W rounded to x's
-dtype as `nf4.dequantize(dtype=x.dtype)` does. Sums are float32, rounded to x's dtype once.
-
-Decoded values go from where they were decoded into the product. Of each row a lane loads four words, so it has 32
-columns that follow each other, while of every 16 columns of an operand lane t of a row's four holds 2t, 2t + 1, 2t + 8
-and 2t + 9 (PTX ISA, mma.m16n8k16). But a sum has no order: W's columns are numbered so that each lane already holds its
-own, and x's columns are put into the same order before. Through shared memory it would take 1.1 to 1.6 times as long.
+`MATVEC_TOKENS` tokens run on ordinary cores (nf4_kernels.py), more on tensor cores (nf4_tensor_kernels.py), W rounded
+to x's dtype as `nf4.dequantize(dtype=x.dtype)` does. Sums are float32, rounded to x's dtype once.
 
 Backward, for x only (the codes are frozen): dx = dy W, with W decoded again; nothing but the codes is kept.
 """
@@ -16,32 +11,19 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import backend, nf4, nf4_kernels
-from pallas_kernels.nf4_kernels import (
-    MATVEC_TOKENS,
-    PER_WORD,
-    Format,
-    Linear,
-    Tile,
-    fetch,
-    linears,
-    look_up,
-    power_of_two,
-    table,
-    word_scales,
-)
+from pallas_kernels import backend, nf4, nf4_kernels, nf4_tensor_kernels
+from pallas_kernels.nf4_kernels import MATVEC_TOKENS, Format, Linear
+from pallas_kernels.nf4_tensor_kernels import MAX_TOKENS
 from pallas_kernels.op import Case, Choice, Implementation, Op, normal, register
 from pallas_kernels.precision import einsum_rounded
 
-MAX_TOKENS = 128
 LARGE_WEIGHT = 8192  # rows
-LANES = 4  # that share a row of a product's operand
 
 
 def nf4_matmul(
@@ -148,119 +130,9 @@ def _backward(decode: str | None, format: Format, weight: nf4.Weight, dy: jax.Ar
 
 
 def _pallas(x: jax.Array, weight: nf4.Weight, format: Format) -> jax.Array:
-    if x.shape[0] > MATVEC_TOKENS:
-        return tensor_core_call(x, weight, format)
-    (y,) = linears(x, (Linear(nf4.as_stack(*weight)),), (1.0,), format)
+    kernels = nf4_kernels if x.shape[0] <= MATVEC_TOKENS else nf4_tensor_kernels
+    (y,) = kernels.linears(x, (Linear(nf4.as_stack(*weight)),), (1.0,), format)
     return y
-
-
-class Tiling(NamedTuple):
-    """How the work is divided: a program decodes [rows, words] at a time; enough of them share the columns that there
-    are at least `programs`, if that is possible."""
-
-    rows: int
-    words: int
-    num_warps: int
-    num_stages: int
-    programs: int
-
-
-TILINGS = {  # by the tokens of a block; of two dozen each, on an H100
-    16: Tiling(32, 16, 1, 3, 1024),
-    32: Tiling(32, 16, 1, 3, 1024),
-    64: Tiling(32, 16, 1, 2, 896),
-    128: Tiling(64, 8, 4, 3, 512),
-}
-
-
-def tensor_core_call(
-    x: jax.Array, weight: nf4.Weight, format: Format, *, tiling: Tiling | None = None, splits: int | None = None
-) -> jax.Array:
-    """x [M, in] -> [M, out]; a program makes [rows, block of tokens] of it.
-
-    `splits` programs share the columns, and their float32 sums are added up after.
-    """
-    tokens, columns = x.shape
-    out, per_row = weight.codes.shape[-2], columns // PER_WORD
-    block = power_of_two(tokens, min(TILINGS), max(TILINGS))
-    tiling = tiling or TILINGS[block]
-    words = power_of_two(per_row, LANES, tiling.words)
-    blocks, programs = -(-tokens // block), -(-out // tiling.rows)
-    tiles = -(-per_row // words)
-    if splits is None:
-        splits = power_of_two(-(-tiling.programs // (blocks * programs)), 1, 16)
-    steps = -(-tiles // splits)
-    splits = -(-tiles // steps)
-    sums = backend.call(
-        _tensor_core_kernel,
-        *nf4.as_stack(*weight),
-        _reordered(_padded(x, (blocks * block, tiles * words * PER_WORD)), words),
-        out=jax.ShapeDtypeStruct((splits, tokens, out), x.dtype if splits == 1 else jnp.float32),
-        grid=(programs, blocks, splits),
-        num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
-        rows=tiling.rows,
-        words=words,
-        block=block,
-        steps=steps,
-        format=format,
-    )
-    return sums[0] if splits == 1 else jnp.sum(sums, axis=0).astype(x.dtype)
-
-
-def _padded(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """With zeros up to `shape`."""
-    return jnp.pad(x, [(0, size - have) for size, have in zip(shape, x.shape, strict=True)])
-
-
-def _tensor_core_kernel(*refs: Any, rows: int, words: int, block: int, steps: int, format: Format) -> None:
-    stack, x_ref, out_ref = nf4.Stack(*refs[:-2]), refs[-2], refs[-1]
-    layer, row, split = stack.layer[0], backend.program_id(0) * rows, backend.program_id(2)
-    token = backend.program_id(1) * block
-    _, tokens, out = out_ref.shape
-    tiles = x_ref.shape[1] // (words * PER_WORD)
-    stop = steps if tiles % steps == 0 else jnp.minimum(steps, tiles - split * steps)
-    values = table(stack, layer, (rows, words))
-
-    def step(i: jax.Array, sums: jax.Array) -> jax.Array:
-        word = (split * steps + i) * words
-        fetched = fetch(stack, Tile(layer, row, word, rows, words), format)
-        scales = word_scales(stack, layer, fetched)
-        decoded = [(look_up(values, fetched.codes, j) * scales).astype(x_ref.dtype) for j in range(PER_WORD)]
-        x = backend.load(x_ref.at[backend.ds(token, block), backend.ds(word * PER_WORD, words * PER_WORD)])
-        return sums + backend.dot(_operand(decoded), x, trans_y=True)
-
-    sums = jax.lax.fori_loop(0, stop, step, jnp.zeros((rows, block), jnp.float32))
-    mask = _inside((block, rows), (token, tokens), (row, out))
-    where = split, backend.ds(token, block), backend.ds(row, rows)
-    backend.store(out_ref.at[where], sums.T.astype(out_ref.dtype), mask=mask)
-
-
-# The order of columns. Of a tile's: lane (of the four of a row), its word, and which of the word's eight codes in bits
-# j2, j1, j0. Of the product's: word, j2 | j1, lane, j0, where the bar stands before every 16 columns.
-
-
-def _operand(decoded: list[jax.Array]) -> jax.Array:
-    """What was decoded of every word's j-th code, [rows, words] each -> [rows, 8 words] in the product's order."""
-    rows, words = decoded[0].shape
-    while len(decoded) > 1:  # what is joined first alternates fastest in j
-        decoded = [jnp.stack(pair, axis=-1) for pair in zip(decoded[::2], decoded[1::2], strict=True)]
-    by_bits = decoded[0].reshape(rows, LANES, words // LANES, 2, 2, 2)  # j0, j1, j2
-    return by_bits.transpose(0, 2, 5, 4, 1, 3).reshape(rows, words * PER_WORD)
-
-
-def _reordered(x: jax.Array, words: int) -> jax.Array:
-    """x [M, in], in a multiple of 8 words, in the product's order."""
-    by_bits = x.reshape(x.shape[0], -1, LANES, words // LANES, 2, 2, 2)  # j2, j1, j0
-    return by_bits.transpose(0, 1, 3, 4, 5, 2, 6).reshape(x.shape)
-
-
-def _inside(shape: tuple[int, int], *ends: tuple[jax.Array, int]) -> jax.Array:
-    """Which elements of a tile are in the array, given its first index and the array's end along each axis."""
-    first, second = (
-        start + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < end for axis, (start, end) in enumerate(ends)
-    )
-    return first & second
 
 
 def _dequantize_refuses(platform: str, *args: Any, **kwargs: Any) -> str | None:

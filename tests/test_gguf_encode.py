@@ -110,7 +110,8 @@ def test_a_process_that_was_killed() -> None:
 def test_processes_end_with_the_one_that_asked(number: signal.Signals) -> None:
     """In whatever way it ends."""
     code = (
-        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
+        # A shell's background jobs ignore the signal.
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import numpy as np\nfrom gguf import GGMLQuantizationType\nfrom converters.gguf_workers import Workers\n"
         "x = np.random.default_rng(0).standard_normal((64, 4096)).astype('f4')\n"
         "with Workers(2) as workers:\n"
