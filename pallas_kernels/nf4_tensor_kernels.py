@@ -4,7 +4,8 @@ W is decoded on the way, rounded to x's dtype as `nf4.dequantize(dtype=x.dtype)`
 where it was decoded. Of each row a lane loads four words, so it has 32 columns that follow each other, while of every
 16 columns of an operand lane t of a row's four holds 2t, 2t + 1, 2t + 8 and 2t + 9 (PTX ISA, mma.m16n8k16). But a sum
 has no order: W's columns are numbered so that each lane already holds its own, and x's columns are put into the same
-order before. Through shared memory it would take 1.1 to 1.6 times as long.
+order before. Rows are numbered likewise: a warp loads eight, the next warp the next eight, while of an operand a warp
+has sixteen. Through shared memory it would take 1.1 to 1.6 times as long.
 
 A first launch puts x in order and multiplies it by every A_i, each program a few columns of it; then one makes all y_i,
 sums in float32. What shares the columns in either is added up after, where l_i = scale_i x A_i^T is rounded to x's
@@ -37,7 +38,9 @@ from pallas_kernels.nf4_kernels import (
 
 MAX_TOKENS = 128
 LANES = 4  # that share a row of an operand
-RANKS = 32  # columns of B that are multiplied at once
+WARP_ROWS = 32 // LANES
+# Columns of B that are multiplied at once. Not as many as a tile has words: loads of one shape share a layout.
+RANKS = 32
 
 
 class Tiling(NamedTuple):
@@ -53,9 +56,9 @@ class Tiling(NamedTuple):
 
 TILINGS = {  # by the tokens of a block; of two dozen each, on an H100
     16: Tiling(32, 16, 1, 3, 1024),
-    32: Tiling(32, 16, 1, 3, 1024),
-    64: Tiling(32, 16, 1, 2, 896),
-    128: Tiling(64, 8, 4, 3, 512),
+    32: Tiling(64, 16, 4, 3, 264),
+    64: Tiling(64, 16, 4, 2, 264),
+    128: Tiling(64, 16, 4, 3, 264),
 }
 
 
@@ -98,7 +101,7 @@ def linears(
         grid=(first[-1], blocks, splits),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
-        plan=_Plan(first, ranks, tiling.rows, words, block, steps, format, tree),
+        plan=_Plan(first, ranks, tiling.rows, tiling.num_warps, words, block, steps, format, tree),
     )
     return tuple(one[0] if splits == 1 else jnp.sum(one, axis=0).astype(x.dtype) for one in sums)
 
@@ -109,6 +112,7 @@ class _Plan(NamedTuple):
     first: tuple[int, ...]  # program of each linear, and of what would come after the last
     ranks: tuple[int, ...]
     rows: int
+    warps: int
     words: int
     block: int
     steps: int
@@ -126,13 +130,23 @@ def _in_order(x: jax.Array) -> jax.Array:
     return by_bits.transpose(0, 2, 3, 4, 1, 5).reshape(x.shape)
 
 
-def _operand(decoded: list[jax.Array]) -> jax.Array:
+def _operand(decoded: list[jax.Array], warps: int) -> jax.Array:
     """What was decoded of every word's j-th code, [rows, words] each -> [rows, 8 words] in the product's order."""
     rows, words = decoded[0].shape
     while len(decoded) > 1:  # what is joined first alternates fastest in j
         decoded = [jnp.stack(pair, axis=-1) for pair in zip(decoded[::2], decoded[1::2], strict=True)]
     by_bits = decoded[0].reshape(rows, LANES, words // LANES, 2, 2, 2)  # j0, j1, j2
-    return by_bits.transpose(0, 2, 5, 4, 1, 3).reshape(rows, words * PER_WORD)
+    return _by_warp(by_bits.transpose(0, 2, 5, 4, 1, 3).reshape(rows, words * PER_WORD), warps)
+
+
+def _by_warp(x: jax.Array, warps: int) -> jax.Array:
+    """x [rows, ...] with its rows in the product's order: the eights of the first warp, then those of the next."""
+    return x.reshape(-1, warps, WARP_ROWS, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+
+def _in_rows(sums: jax.Array, warps: int) -> jax.Array:
+    """The product [rows, ...] with its rows in their own order."""
+    return sums.reshape(warps, -1, WARP_ROWS, *sums.shape[1:]).swapaxes(0, 1).reshape(sums.shape)
 
 
 # The low-rank products, and the order of x.
@@ -235,7 +249,7 @@ def _rows(
     the programs that share them."""
     _, tokens, out = out_ref.shape
     sums = _base_sums(inputs.parts[i].stack, inputs.x, row, token, split, plan)
-    sums += _low_rank_and_bias(inputs, i, row, token, split, plan)
+    sums = _in_rows(sums + _low_rank_and_bias(inputs, i, row, token, split, plan), plan.warps)
     mask = _inside((plan.block, plan.rows), (token, tokens), (row, out))
     where = split, backend.ds(token, plan.block), backend.ds(row, plan.rows)
     backend.store(out_ref.at[where], sums.T.astype(out_ref.dtype), mask=mask)
@@ -244,7 +258,7 @@ def _rows(
 def _base_sums(
     stack: nf4.Stack, x_ref: Any, row: jax.Array, token: jax.Array, split: jax.Array, plan: _Plan
 ) -> jax.Array:
-    """float32 [rows, block]."""
+    """float32 [rows, block], rows in the product's order."""
     rows, words, steps = plan.rows, plan.words, plan.steps
     layer, depth = stack.layer[0], words * PER_WORD
     values = table(stack, layer, (rows, words))
@@ -257,7 +271,7 @@ def _base_sums(
         scales = word_scales(stack, layer, fetched)
         decoded = [(look_up(values, fetched.codes, j) * scales).astype(x_ref.dtype) for j in range(PER_WORD)]
         x = backend.load(x_ref.at[backend.ds(token, plan.block), backend.ds(word * PER_WORD, depth)])
-        return sums + backend.dot(_operand(decoded), x, trans_y=True)
+        return sums + backend.dot(_operand(decoded, plan.warps), x, trans_y=True)
 
     return jax.lax.fori_loop(0, stop, step, jnp.zeros((rows, plan.block), jnp.float32))
 
@@ -265,22 +279,21 @@ def _base_sums(
 def _low_rank_and_bias(
     inputs: Inputs, i: int, row: jax.Array, token: jax.Array, split: jax.Array, plan: _Plan
 ) -> jax.Array:
-    """float32 [rows, block]; of the programs that share the columns, the first adds them."""
+    """float32 [rows, block] as `_base_sums`; of the programs that share the columns, the first adds them."""
     part, start, rank = inputs.parts[i], sum(plan.ranks[:i]), plan.ranks[i]
     out = part.stack.codes.shape[1]
     total = jnp.zeros((plan.rows, plan.block), jnp.float32)
-    width = power_of_two(rank, 16, RANKS)
-    for column in range(0, rank, width):
+    for column in range(0, rank, RANKS):
         of_rank = jnp.int32(column), rank
-        B_mask = _inside((plan.rows, width), (row, out), of_rank) & (split == 0)
-        at = part.lora_layer[0], backend.ds(row, plan.rows), backend.ds(jnp.int32(column), width)
+        B_mask = _inside((plan.rows, RANKS), (row, out), of_rank) & (split == 0)
+        at = part.lora_layer[0], backend.ds(row, plan.rows), backend.ds(jnp.int32(column), RANKS)
         B = backend.load(part.lora_B.at[at], mask=B_mask, other=0)
-        low_mask = _inside((plan.block, width), (token, inputs.low.shape[0]), of_rank)
-        at = backend.ds(token, plan.block), backend.ds(jnp.int32(start + column), width)
+        low_mask = _inside((plan.block, RANKS), (token, inputs.low.shape[0]), of_rank)
+        at = backend.ds(token, plan.block), backend.ds(jnp.int32(start + column), RANKS)
         low = backend.load(inputs.low.at[at], mask=low_mask, other=0)
-        total += backend.dot(B.astype(low.dtype), low, trans_y=True)
+        total += backend.dot(_by_warp(B.astype(low.dtype), plan.warps), low, trans_y=True)
     if part.bias is not None:
         mask = (row + jax.lax.iota(jnp.int32, plan.rows) < out) & (split == 0)
         bias = backend.load(part.bias.at[backend.ds(row, plan.rows)], mask=mask, other=0).astype(jnp.float32)
-        total += jnp.broadcast_to(bias[:, None], total.shape)
+        total += jnp.broadcast_to(_by_warp(bias, plan.warps)[:, None], total.shape)
     return total
