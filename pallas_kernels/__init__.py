@@ -3,7 +3,7 @@
 Depends on jax and numpy only; any JAX program can use it alone.
 """
 
-from pallas_kernels import adamw_8bit, nf4
+from pallas_kernels import adamw_8bit, mxfp4, nf4
 from pallas_kernels.attention import attention, cached_attention
 from pallas_kernels.gated_activation import gated_activation, gated_activation_backward
 from pallas_kernels.grouped_matmul import grouped_matmul
@@ -40,6 +40,7 @@ __all__ = [
     "lora_linear",
     "lora_mlp",
     "lora_qkv",
+    "mxfp4",
     "nf4",
     "nf4_linears",
     "nf4_matmul",

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import backend
+
 _MODULE = "jax._src.cudnn.fused_attention_stablehlo"
 _ARGUMENTS = ["query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets"]
 _ARGUMENTS += ["page_table_k", "page_table_v"]
@@ -24,25 +26,12 @@ _EXPECTED = {
     "_dot_product_attention_bwd": [*_ARGUMENTS, "activation", "fwd_output", "grad_output", *_STATIC],
 }
 DTYPES = (jnp.bfloat16, jnp.float16)
-_AMPERE, _HOPPER = (8, 0), (9, 0)
 
 # How much memory a backward pass may take beside its arguments and results before it goes through groups of kv heads.
 # One call takes 2 GiB for 65,536 tokens with 32 heads of 128, where a step has the least to spare. On paper the copies
 # that groups need take 1 % of the pass's time for one row of as many, 5 % for one of 16,384, and 18 % for 16 rows of
 # 4,096, which is under 2 % of a training step. 8,192 tokens stay in one call.
 SCRATCH_BYTES = 256 * 2**20
-
-
-def compute_capability() -> tuple[int, int]:
-    """The GPU's: of the machine, or where it has none of the abstract device that programs are made for."""
-    if jax.default_backend() == "gpu":
-        major, minor = str(jax.devices()[0].compute_capability).split(".")
-        return int(major), int(minor)
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = "" if device is None else device.device_kind
-    if any(name in kind for name in ("B100", "B200", "B300")):
-        return 10, 0
-    return _HOPPER if any(name in kind for name in ("H100", "H200", "H800", "H20")) else _AMPERE
 
 
 def refuses(
@@ -63,10 +52,10 @@ def refuses(
         return "it takes no segment ids: the Pallas kernel skips their blocks and is as fast"
     if soft_cap is not None or sinks is not None:
         return "JAX's binding of cuDNN has no soft cap and no sinks"
-    capability = compute_capability()
-    if capability < _AMPERE:
+    capability = backend.compute_capability()
+    if capability < backend.AMPERE:
         return f"it needs compute capability 8.0, not {capability[0]}.{capability[1]}"
-    largest = 256 if capability >= _HOPPER else 128
+    largest = 256 if capability >= backend.HOPPER else 128
     if q.shape[-1] % 8 or q.shape[-1] > largest:
         return f"the head size must be a multiple of 8 up to {largest}, not {q.shape[-1]}"
     return _refuses_jax()

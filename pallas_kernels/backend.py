@@ -23,12 +23,13 @@ when = pl.when
 ds = pl.ds
 
 PLATFORMS = ("cpu", "gpu")
+AMPERE, HOPPER = (8, 0), (9, 0)
 
 _interpreting = contextvars.ContextVar("interpreting", default=False)
 
 
 def dot(x: jax.Array, y: jax.Array, *, trans_x: bool = False, trans_y: bool = False) -> jax.Array:
-    """x [m, k] times y [k, n] in a kernel (or their transposes), float32; at least 16 along every axis.
+    """x [m, k] times y [k, n] in a kernel (or their transposes), float32; at least 16 along every axis, or 8 along n.
 
     float32 factors are multiplied exactly, not rounded to TF32.
     """
@@ -75,6 +76,36 @@ def look_up(table: jax.Array | list[jax.Array], index: jax.Array) -> jax.Array:
     return _assembly("shfl.sync.idx.b32 $0, $1, $2, 0x101f, 0xffffffff;", "=f,r,r", jnp.float32, table, index)
 
 
+def permute_bytes(low: jax.Array, high: jax.Array, selectors: jax.Array) -> jax.Array:
+    """int32 whose i-th byte is named by the i-th four bits of `selectors`: a byte of low (0 to 3) or high (4 to 7), or,
+    8 added, that byte's sign bit eight times (PTX `prmt`)."""
+    if not _interpreting.get():
+        return _assembly("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", jnp.int32, low, high, selectors)
+    shift = jax.lax.shift_right_logical
+    found = jnp.zeros(selectors.shape, jnp.int32)
+    for i in range(4):
+        selector = selectors >> 4 * i
+        byte = shift(jnp.where(selector & 4 == 0, low, high), (selector & 3) * 8)
+        byte = jnp.where(selector & 8 == 0, byte, -(shift(byte, jnp.full_like(byte, 7)) & 1)) & 255
+        found |= byte << 8 * i
+    return found
+
+
+def multiply_pairs(x: jax.Array, y: jax.Array) -> jax.Array:
+    """int32 of two float16 products each, of int32 that hold two float16 values each."""
+    if not _interpreting.get():
+        return _assembly("mul.rn.f16x2 $0, $1, $2;", "=r,r,r", jnp.int32, x, y)
+    product = unpacked(x)[0] * unpacked(y)[0], unpacked(x)[1] * unpacked(y)[1]
+    bits = [jax.lax.bitcast_convert_type(value, jnp.int16).astype(jnp.int32) for value in product]
+    return bits[0] & 0xFFFF | bits[1] << 16
+
+
+def unpacked(pairs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two float16 values of each int32, the low half's first."""
+    low, high = (jax.lax.bitcast_convert_type(half.astype(jnp.int16), jnp.float16) for half in (pairs, pairs >> 16))
+    return low, high
+
+
 def _assembly(text: str, constraints: str, dtype: Any, *arguments: jax.Array) -> jax.Array:
     """PTX instructions for each element."""
     out = jax.ShapeDtypeStruct(arguments[0].shape, dtype)
@@ -88,6 +119,18 @@ def platform() -> str:
     """The platform that programs are made for: of the abstract device in force, or JAX's default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def compute_capability() -> tuple[int, int]:
+    """The GPU's: of the machine, or where it has none of the abstract device that programs are made for."""
+    if jax.default_backend() == "gpu":
+        major, minor = str(jax.devices()[0].compute_capability).split(".")
+        return int(major), int(minor)
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = "" if device is None else device.device_kind
+    if any(name in kind for name in ("B100", "B200", "B300")):
+        return 10, 0
+    return HOPPER if any(name in kind for name in ("H100", "H200", "H800", "H20")) else AMPERE
 
 
 def refuses_platform(platform: str) -> str | None:

@@ -275,6 +275,15 @@ def _experts(s: Sizes) -> Iterator[Benchmark]:
     wrt, teraflops = ("x", "lora_A", "lora_B"), 2 * 2 * rows * d * f / 1e12
     yield Benchmark("grouped_matmul", size, "forward + backward", make, wrt, teraflops=teraflops)
 
+    packed, values = experts // 4, experts // 4 * f * d  # as many as gpt-oss has
+
+    def encoded(key: jax.Array) -> dict[str, Any]:
+        codes = jax.random.bits(key, (packed, f, d // 2), jnp.uint8)
+        return {"codes": codes, "scales": 100 + codes[..., :: pk.mxfp4.BLOCK_SIZE // 2] % 40, "dtype": jnp.bfloat16}
+
+    size = f"{packed} x {f} x {d}"
+    yield Benchmark("mxfp4_dequantize", size, "forward", encoded, gigabytes=values * (2 + 17 / 32) / 1e9)
+
 
 def _optimizers(s: Sizes) -> Iterator[Benchmark]:
     n = s.hidden * s.hidden * 5 // 2

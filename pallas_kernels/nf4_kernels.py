@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ def refuses(
         return f"{codes.shape[-1] * 2} columns are not whole words of {PER_WORD} codes"
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"it multiplies float32, bfloat16 and float16, not {x.dtype}"
+    if x.dtype == jnp.float32 and math.prod(x.shape[:-1]) > MATVEC_TOKENS:
+        return f"more than {MATVEC_TOKENS} tokens are multiplied in 16 bits, on tensor cores, not in float32"
     return nf4.refuses_words(codes, block_size)
 
 

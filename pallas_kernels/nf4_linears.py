@@ -132,8 +132,6 @@ def _refuses(platform: str, x: jax.Array, linears: Sequence[Any], **kwargs: Any)
 def _rank(platform: str, x: jax.Array, *args: Any, **kwargs: Any) -> tuple[Choice, ...]:
     if platform != "gpu":
         return (Choice("xla", "the kernels are for GPUs"),)
-    if math.prod(x.shape[:-1]) > nf4_kernels.MATVEC_TOKENS and x.dtype == jnp.float32:
-        return (Choice("xla", "float32 products on tensor cores are slower than decoding first"),)
     return (
         Choice(
             "pallas",

@@ -1,8 +1,8 @@
 """A few tokens times an NF4 weight, decoded on the way to the multiplication: y = x W^T, for decoding text.
 
 With map and absmax of pallas_kernels/nf4.py, W[o, i] = map[codes[o, i]] * absmax[block of (o, i)]. Up to
-`MATVEC_TOKENS` tokens run on ordinary cores (nf4_kernels.py), more on tensor cores (nf4_tensor_kernels.py), W rounded
-to x's dtype as `nf4.dequantize(dtype=x.dtype)` does. Sums are float32, rounded to x's dtype once.
+`MATVEC_TOKENS` tokens run on ordinary cores in float32 (nf4_kernels.py), more of 16 bits on tensor cores, W rounded to
+float16's precision (nf4_tensor_kernels.py). Sums are float32, rounded to x's dtype once.
 
 Backward, for x only (the codes are frozen): dx = dy W, with W decoded again; nothing but the codes is kept.
 """
@@ -147,12 +147,12 @@ def _rank(platform: str, x: jax.Array, codes: jax.Array, *args: Any, **kwargs: A
     tokens = math.prod(x.shape[:-1])
     if platform != "gpu":
         return (Choice("xla", "the kernel is for GPUs"),)
-    few = tokens <= MATVEC_TOKENS or (tokens <= MAX_TOKENS and x.dtype != jnp.float32)
+    dequantize = Choice("dequantize", f"{tokens} tokens of {x.dtype} are worth a decoded weight and a plain matmul")
     # With 64 to 128 tokens a small weight leaves the tensor-core kernel too few programs.
-    if few and (tokens <= MAX_TOKENS // 2 or codes.shape[-2] >= LARGE_WEIGHT):
+    if tokens <= MAX_TOKENS // 2 or (tokens <= MAX_TOKENS and codes.shape[-2] >= LARGE_WEIGHT):
         why = "it reads each code once: on an H100 4.6 times as fast as decoding first at 1 token, 1.1 at 128"
-        return (Choice("pallas", why),)
-    return (Choice("dequantize", f"{tokens} tokens of {x.dtype} are worth a decoded weight and a plain matmul"),)
+        return (Choice("pallas", why), dequantize)
+    return (dequantize,)
 
 
 def _case(name: str, tokens: int, shape: tuple[int, int], *, layers: int | None = None) -> Case:

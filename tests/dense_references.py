@@ -181,6 +181,16 @@ def grouped_matmul(x, weight, group_sizes, lora_A, lora_B, *, scale):
     return jnp.einsum("me,eoi,mi->mo", chosen, w, x)
 
 
+def mxfp4_dequantize(codes, scales, layer, dtype):
+    if layer is not None:
+        codes, scales = codes[layer], scales[layer]
+    nibbles = jnp.stack([codes % 16, codes // 16], axis=-1).reshape(*scales.shape, 32).astype(jnp.float64)
+    exponent, mantissa = nibbles % 8 // 2, nibbles % 2 / 2
+    magnitude = jnp.where(exponent == 0, mantissa, (1 + mantissa) * 2 ** (exponent - 1))
+    values = jnp.where(nibbles < 8, magnitude, -magnitude) * 2 ** (scales[..., None].astype(jnp.float64) - 127)
+    return values.reshape(*codes.shape[:-1], -1)
+
+
 def nf4_matmul(x, codes, absmax, nested_absmax, nested_offset, layer):
     return x @ nf4_dequantize(codes, absmax, nested_absmax, nested_offset, layer, x.dtype).T
 

@@ -190,7 +190,7 @@ class ExpertLinear(Linear):
         if bias is None:
             return y
         ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
-        expert = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=jnp.int32), side="right")
+        expert = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=jnp.int32), side="right", method="compare_all")
         bias = jnp.take(bias, expert, axis=0, mode="fill", fill_value=0).astype(jnp.float32)
         return (y.astype(jnp.float32) + (bias if row_scale is None else bias * row_scale)).astype(x.dtype)
 

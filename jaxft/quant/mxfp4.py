@@ -1,9 +1,4 @@
-"""MXFP4 weights, as gpt-oss checkpoints store their experts.
-
-OCP Microscaling Formats v1.0 (https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf):
-32 values of a row share a scale, a power of two in E8M0 (2^(s - 127), section 5.4.1); each value is in E2M1, a sign and
-one of 0, 0.5, 1, 1.5, 2, 3, 4, 6 (section 5.3.3). Two codes a byte, the first in the low bits, as in the checkpoints.
-"""
+"""MXFP4 weights, as gpt-oss checkpoints store their experts. The format, and its decoding: pallas_kernels/mxfp4.py."""
 
 from __future__ import annotations
 
@@ -12,13 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxft.errors import JaxftError
 from jaxft.quant.base import register
+from pallas_kernels import mxfp4
+from pallas_kernels.mxfp4 import BLOCK_SIZE, VALUES
 
-BLOCK_SIZE = 32
-VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _LARGEST_EXPONENT = 2  # of 6 = 1.5 * 2^2
 _BIAS = 127
 
@@ -60,7 +54,7 @@ class MXFP4Tensor:
         blocks = w.astype(jnp.float32).reshape(rows, -1, BLOCK_SIZE)
         _, exponent = jnp.frexp(jnp.max(jnp.abs(blocks), axis=-1))
         scales = jnp.clip(exponent - 1 - _LARGEST_EXPONENT + _BIAS, 0, 254).astype(jnp.uint8)
-        scaled = blocks / _power_of_two(scales)[..., None]
+        scaled = blocks / mxfp4.power_of_two(scales)[..., None]
         # Halfway between two values decides; a tie goes to the one whose code is even.
         magnitude, codes = jnp.abs(scaled), jnp.signbit(scaled).astype(jnp.uint8) << 3
         for code, middle in enumerate((VALUES[:7] + VALUES[1:8]) / 2):
@@ -97,12 +91,7 @@ class MXFP4Tensor:
 
         bfloat16 and float32 hold every one exactly.
         """
-        codes, scales = jnp.asarray(self.codes), jnp.asarray(self.scales)
-        if self.layer is not None:
-            codes, scales = (jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (codes, scales))
-        both = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(*scales.shape, BLOCK_SIZE)
-        values = jnp.take(jnp.asarray(VALUES), both) * _power_of_two(scales)[..., None]
-        return values.reshape(*codes.shape[:-1], self.shape[1]).astype(dtype)
+        return mxfp4.dequantize(jnp.asarray(self.codes), jnp.asarray(self.scales), layer=self.layer, dtype=dtype)
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """x [T, in] times the weight's transpose, [T, out] in x's dtype."""
@@ -116,11 +105,3 @@ class MXFP4Tensor:
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
-
-
-def _power_of_two(scales: jax.Array) -> jax.Array:
-    """2^(s - 127), float32; 255 means NaN."""
-    bits = scales.astype(jnp.uint32) << 23
-    smallest = jnp.uint32(1 << 22)  # 2^-127 is subnormal
-    value = jax.lax.bitcast_convert_type(jnp.where(scales == 0, smallest, bits), jnp.float32)
-    return jnp.where(scales == 255, jnp.nan, value)
