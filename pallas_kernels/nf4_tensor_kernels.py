@@ -8,8 +8,8 @@ of an operand a warp has sixteen. Through shared memory it would take 1.1 to 1.6
 
 Both factors are float16, with powers of two kept apart so that nothing overflows. A map's 16 values are then two bytes
 each, which permutations of bytes look up four at a time (8 tokens, 4096 -> 2 x 14336 on an H100: 37 us instead of 47
-with float32 values that lanes hand each other), and a decoded weight has 11 bits where bfloat16 has 8: map value,
-absmax and their product are rounded, to 2^-11 in all, which is less than `nf4.dequantize(dtype=bfloat16)` rounds once.
+with float32 values that lanes hand each other). A decoded weight has 11 bits where bfloat16 has 8: map value, absmax
+and their product are rounded by 2^-11 of each at most, in all less than the 2^-8 of `nf4.dequantize(dtype=bfloat16)`.
 
     W' = W 2^k     2^k brings the mean of a weight's absmax near 2^-8. None is larger than the number of blocks times
                    the mean, so up to 2^24 blocks none overflows

@@ -183,6 +183,16 @@ def test_the_last_layer_of_a_stack_of_codes_is_right() -> None:
     np.testing.assert_array_equal(got, pk.nf4.dequantize(one, absmax[0], dtype=jnp.bfloat16, implementation="xla"))
 
 
+def test_the_last_experts_of_a_stack_are_right() -> None:
+    layers, shape = 24, (32, 2880, 1440)  # 3.2e9 bytes of codes, as gpt-oss-20b has
+    one, other = (jax.random.bits(jax.random.key(i), shape, jnp.uint8) for i in range(2))
+    codes = jnp.concatenate([jnp.broadcast_to(other, (layers - 1, *shape)), one[None]])
+    scales = 100 + codes[..., ::16] % 40
+    got = pk.mxfp4.dequantize(codes, scales, dtype=jnp.bfloat16, layer=layers - 1)
+    want = pk.mxfp4.dequantize(one, scales[-1], dtype=jnp.bfloat16, implementation="xla")
+    np.testing.assert_array_equal(got, want)
+
+
 def test_the_8_bit_update_of_so_many_parameters_is_not_the_kernels() -> None:
     """Its codes are bytes, with offsets of 32 bits up to 2^32 of them."""
     shape = jax.ShapeDtypeStruct((PERIOD * COPIES, WIDTH), jnp.bfloat16)
