@@ -4,7 +4,7 @@
 
 The low-rank product x A_i^T is rounded to x's dtype, the rest is summed in float32 and rounded once. There is no
 gradient: `lora_linear`, `lora_qkv` and `lora_mlp` run this where nothing is differentiated. Kernels: nf4_kernels.py,
-and from five tokens on nf4_tensor_kernels.py.
+and from three tokens of 16 bits on nf4_tensor_kernels.py.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _pallas(x: jax.Array, linears: Sequence[Any]) -> tuple[jax.Array, ...]:
         parts.append(nf4_kernels.Linear(nf4.as_stack(**arguments), lora_A, lora_B, layer, linear.bias))
     scales = [linear.scale for linear in linears]
     flat = _flat(x)
-    kernels = nf4_kernels if flat.shape[0] <= nf4_kernels.MATVEC_TOKENS else nf4_tensor_kernels
+    kernels = nf4_kernels if flat.shape[0] <= nf4_kernels.matvec_tokens(x.dtype) else nf4_tensor_kernels
     found = kernels.linears(flat, parts, scales, formats[0])
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in found)
 

@@ -1,8 +1,8 @@
 """A few tokens times an NF4 weight, decoded on the way to the multiplication: y = x W^T, for decoding text.
 
-With map and absmax of pallas_kernels/nf4.py, W[o, i] = map[codes[o, i]] * absmax[block of (o, i)]. Up to
-`MATVEC_TOKENS` tokens run on ordinary cores in float32 (nf4_kernels.py), more of 16 bits on tensor cores, W rounded to
-float16's precision (nf4_tensor_kernels.py). Sums are float32, rounded to x's dtype once.
+With map and absmax of pallas_kernels/nf4.py, W[o, i] = map[codes[o, i]] * absmax[block of (o, i)]. One
+or two tokens run on ordinary cores in float32 (nf4_kernels.py), more of 16 bits on tensor cores, W rounded to float16's
+precision (nf4_tensor_kernels.py). Sums are float32, rounded to x's dtype once.
 
 Backward, for x only (the codes are frozen): dx = dy W, with W decoded again; nothing but the codes is kept.
 """
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import backend, nf4, nf4_kernels, nf4_tensor_kernels
-from pallas_kernels.nf4_kernels import MATVEC_TOKENS, Format, Linear
+from pallas_kernels.nf4_kernels import Format, Linear
 from pallas_kernels.nf4_tensor_kernels import MAX_TOKENS
 from pallas_kernels.op import Case, Choice, Implementation, Op, normal, register
 from pallas_kernels.precision import einsum_rounded
@@ -130,7 +130,7 @@ def _backward(decode: str | None, format: Format, weight: nf4.Weight, dy: jax.Ar
 
 
 def _pallas(x: jax.Array, weight: nf4.Weight, format: Format) -> jax.Array:
-    kernels = nf4_kernels if x.shape[0] <= MATVEC_TOKENS else nf4_tensor_kernels
+    kernels = nf4_kernels if x.shape[0] <= nf4_kernels.matvec_tokens(x.dtype) else nf4_tensor_kernels
     (y,) = kernels.linears(x, (Linear(nf4.as_stack(*weight)),), (1.0,), format)
     return y
 

@@ -27,7 +27,8 @@ def lowered_decode(slots: int, dtype: str = "float32") -> str:
     ("slots", "dtype", "kernel", "launches"),
     [
         pytest.param(1, "float32", "matvec_kernel", 4, marks=pytest.mark.slow),
-        pytest.param(4, "bfloat16", "matvec_kernel", 4, marks=pytest.mark.slow),
+        pytest.param(2, "bfloat16", "matvec_kernel", 4, marks=pytest.mark.slow),
+        pytest.param(3, "bfloat16", "tensor_core_kernel", 4, marks=pytest.mark.slow),
         (64, "bfloat16", "tensor_core_kernel", 4),
     ],
 )
