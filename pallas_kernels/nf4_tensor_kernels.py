@@ -170,9 +170,9 @@ def _with_mean(stack: nf4.Stack) -> nf4.Stack:
 
 
 def _times_power(stack: nf4.Stack, layer: jax.Array) -> jax.Array:
-    """2^k of a layer's weight, float32."""
-    offset = backend.load(stack.nested_offset.at[layer])
-    return _power_of_two(246 - _exponent(offset, least=0))
+    """2^k of a layer's weight, float32; an offset of 0, which only zeros have as their mean, gives 1."""
+    exponent = _exponent(backend.load(stack.nested_offset.at[layer]), least=0)
+    return _power_of_two(jnp.where(exponent == 0, 127, 246 - exponent))
 
 
 def _exponent(x: jax.Array, least: int) -> jax.Array:

@@ -73,6 +73,21 @@ def test_only_the_codes_are_kept_for_the_backward() -> None:
     assert sum(leaf.nbytes for leaf in kept) <= sum(array.nbytes for array in arrays if array is not None)
 
 
+def test_an_offset_of_zero_is_a_weight_like_any_other() -> None:
+    """Nobody's quantizer writes it for weights that are not zeros, but a file may have it."""
+    codes, absmax, nested_absmax, nested_offset = quantized(16, 64)
+    assert nested_offset is not None
+    x = normal(5, 64, seed=1).astype(jnp.bfloat16)
+    for arrays in (
+        (codes, absmax, nested_absmax, 0 * nested_offset),
+        (codes, 0 * absmax, nested_absmax, nested_offset),
+    ):
+        got, want = (nf4_matmul(x, *arrays, implementation=name).astype(jnp.float32) for name in ("pallas", "xla"))
+        np.testing.assert_allclose(
+            got, want, rtol=0, atol=2 * float(jnp.finfo(jnp.bfloat16).eps) * float(jnp.abs(want).max())
+        )
+
+
 def test_other_maps_are_used() -> None:
     arrays, x = quantized(16, 64), normal(1, 64, seed=1)
     doubled = jnp.asarray(2 * nf4.QUANT_MAP)
