@@ -76,6 +76,13 @@ def look_up(table: jax.Array | list[jax.Array], index: jax.Array) -> jax.Array:
     return _assembly("shfl.sync.idx.b32 $0, $1, $2, 0x101f, 0xffffffff;", "=f,r,r", jnp.float32, table, index)
 
 
+def nibbles(words: jax.Array, order: jax.Array) -> jax.Array:
+    """int32 [n] -> [n, 8]: the four bits of each word that stand at the eight places of `order`, 0 the lowest."""
+    shape = (words.shape[0], order.shape[0])
+    shifts = jnp.broadcast_to(4 * order[None], shape)
+    return jax.lax.shift_right_logical(jnp.broadcast_to(words[:, None], shape), shifts) & 15
+
+
 def permute_bytes(low: jax.Array, high: jax.Array, selectors: jax.Array) -> jax.Array:
     """int32 whose i-th byte is named by the i-th four bits of `selectors`: a byte of low (0 to 3) or high (4 to 7), or,
     8 added, that byte's sign bit eight times (PTX `prmt`)."""
@@ -95,13 +102,17 @@ def multiply_pairs(x: jax.Array, y: jax.Array) -> jax.Array:
     """int32 of two float16 products each, of int32 that hold two float16 values each."""
     if not _interpreting.get():
         return _assembly("mul.rn.f16x2 $0, $1, $2;", "=r,r,r", jnp.int32, x, y)
-    product = unpacked(x)[0] * unpacked(y)[0], unpacked(x)[1] * unpacked(y)[1]
-    bits = [jax.lax.bitcast_convert_type(value, jnp.int16).astype(jnp.int32) for value in product]
-    return bits[0] & 0xFFFF | bits[1] << 16
+    return packed(*(first * second for first, second in zip(unpacked(x), unpacked(y), strict=True)))
+
+
+def packed(low: jax.Array, high: jax.Array) -> jax.Array:
+    """int32 of two float16 values each."""
+    low, high = (jax.lax.bitcast_convert_type(half, jnp.int16).astype(jnp.int32) for half in (low, high))
+    return low & 0xFFFF | high << 16
 
 
 def unpacked(pairs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The two float16 values of each int32, the low half's first."""
+    """The inverse of `packed`."""
     low, high = (jax.lax.bitcast_convert_type(half.astype(jnp.int16), jnp.float16) for half in (pairs, pairs >> 16))
     return low, high
 

@@ -98,6 +98,7 @@ def benchmarks(sizes: Sizes | None = None) -> Iterator[Benchmark]:
     yield from _losses(s)
     yield from _attentions(s)
     yield from _experts(s)
+    yield from _packed_experts(s)
     yield from _optimizers(s)
 
 
@@ -275,14 +276,16 @@ def _experts(s: Sizes) -> Iterator[Benchmark]:
     wrt, teraflops = ("x", "lora_A", "lora_B"), 2 * 2 * rows * d * f / 1e12
     yield Benchmark("grouped_matmul", size, "forward + backward", make, wrt, teraflops=teraflops)
 
-    packed, values = experts // 4, experts // 4 * f * d  # as many as gpt-oss has
 
-    def encoded(key: jax.Array) -> dict[str, Any]:
-        codes = jax.random.bits(key, (packed, f, d // 2), jnp.uint8)
+def _packed_experts(s: Sizes) -> Iterator[Benchmark]:
+    experts, d, f = 4 * s.kv_heads, s.hidden // 2, s.head_dim * 6
+
+    def make(key: jax.Array) -> dict[str, Any]:
+        codes = jax.random.bits(key, (experts, f, d // 2), jnp.uint8)
         return {"codes": codes, "scales": 100 + codes[..., :: pk.mxfp4.BLOCK_SIZE // 2] % 40, "dtype": jnp.bfloat16}
 
-    size = f"{packed} x {f} x {d}"
-    yield Benchmark("mxfp4_dequantize", size, "forward", encoded, gigabytes=values * (2 + 17 / 32) / 1e9)
+    gigabytes = experts * f * d * (2 + 17 / 32) / 1e9
+    yield Benchmark("mxfp4_dequantize", f"{experts} x {f} x {d}", "forward", make, gigabytes=gigabytes)
 
 
 def _optimizers(s: Sizes) -> Iterator[Benchmark]:

@@ -409,9 +409,7 @@ def _nf4_dequantize(*refs: Any, words: int, block_words: int, row_words: int, ne
     codes = backend.load(stack.codes.at[layer, backend.ds(start, words)], mask=mask, other=None if mask is None else 0)
     shape = (words, per_word)
     # Bytes ascend in a word, and the first of a byte's two values is in its high nibble.
-    shifts = jnp.broadcast_to((4 * (jax.lax.iota(jnp.int32, per_word) ^ 1))[None], shape)
-    nibbles = jax.lax.shift_right_logical(jnp.broadcast_to(codes[:, None], shape), shifts) & 15
-    values = backend.load(stack.quant_map.at[layer, nibbles])
+    values = backend.load(stack.quant_map.at[layer, backend.nibbles(codes, jax.lax.iota(jnp.int32, per_word) ^ 1)])
     absmax = fetch_absmax(stack, layer, word // block_words, nested_block_size, mask)
     scaled = values * decode_absmax(stack, layer, absmax)[:, None]
     for ref in row_scale:

@@ -1,8 +1,8 @@
 """A few tokens times an NF4 weight, decoded on the way to the multiplication: y = x W^T, for decoding text.
 
-With map and absmax of pallas_kernels/nf4.py, W[o, i] = map[codes[o, i]] * absmax[block of (o, i)]. One
-or two tokens run on ordinary cores in float32 (nf4_kernels.py), more of 16 bits on tensor cores, W rounded to float16's
-precision (nf4_tensor_kernels.py). Sums are float32, rounded to x's dtype once.
+With map and absmax of pallas_kernels/nf4.py, W[o, i] = map[codes[o, i]] * absmax[block of (o, i)]. One or
+two tokens run on ordinary cores in float32 (nf4_kernels.py), more of 16 bits on tensor cores, with W rounded to 11 bits
+(nf4_tensor_kernels.py). Sums are float32, rounded to x's dtype once.
 
 Backward, for x only (the codes are frozen): dx = dy W, with W decoded again; nothing but the codes is kept.
 """
@@ -57,7 +57,8 @@ def nf4_matmul(
       x: [..., in], float32, bfloat16 or float16.
       codes, absmax, nested_absmax, nested_offset, layer, quant_map, nested_quant_map, block_size, nested_block_size:
         the weight, as in `nf4.dequantize`.
-      implementation: "xla", "dequantize" (`nf4.dequantize` by its kernel, then a plain matmul), "pallas" or None.
+      implementation: "xla", "dequantize" (`nf4.dequantize` by its kernel, then a plain matmul), "pallas" (of float32
+        up to four tokens) or None.
 
     Raises:
       ValueError: x's last axis is not the weight's.

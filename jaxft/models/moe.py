@@ -33,7 +33,7 @@ class Load(NamedTuple):
     """What a layer's experts were asked for; of several layers, with a leading [L].
 
     Attributes:
-      counts: float32 [E], how many tokens went to each expert.
+      counts: float32 [E], how many tokens went to each expert; exact below 2^24.
       scores: float32 [E], the sum of the tokens' router probabilities, which carry the router's gradient.
       tokens: float32 [], how many tokens there were, padding left out.
     """
@@ -141,7 +141,8 @@ class Experts(nnx.Module):
     def __call__(self, x_MD: jax.Array, routing: Routing) -> jax.Array:
         """x [M, D] -> [M, D], 0 for tokens that go nowhere."""
         moe, (tokens, k) = self.moe, routing.experts.shape
-        order, groups = _sorted_by_expert(routing.experts, moe.num_experts)
+        groups = routing.load.counts.astype(jnp.int32)
+        order = jnp.argsort(routing.experts.reshape(-1), stable=True).astype(jnp.int32)
         rows = _Rows(order, _inverse(order), k)
         weights = rows.of_pairs(routing.weights.reshape(tokens * k, 1))
         x = rows.of_tokens(x_MD)
@@ -219,15 +220,6 @@ def utilisation(load: Load) -> dict[str, jax.Array]:
 def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
     """x times a float32 factor for each row, rounded once, to x's dtype."""
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
-
-
-def _sorted_by_expert(experts: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
-    """(int32 [M K], the (token, choice) pairs in the order of their experts; int32 [E], how many each expert has)."""
-    flat = experts.reshape(-1)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    # Counted by one reduction: a search in what is sorted is a loop of a dozen kernels a round.
-    chosen = flat[:, None] == jnp.arange(num_experts, dtype=flat.dtype)[None, :]
-    return order, jnp.sum(chosen, axis=0, dtype=jnp.int32)
 
 
 def _inverse(order: jax.Array) -> jax.Array:
