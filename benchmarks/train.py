@@ -92,6 +92,18 @@ MODELS = {
         tie_word_embeddings=True,
         rope=RopeConfig(theta=1e6),
     ),
+    "qwen2.5-7b": DecoderConfig(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=32768,
+        qkv_bias=True,
+        rope=RopeConfig(theta=1e6),
+    ),
     "gemma-2-9b": DecoderConfig(
         vocab_size=256000,
         hidden_size=3584,
@@ -234,7 +246,7 @@ class Prepared(NamedTuple):
 def main() -> None:
     arguments = parse_arguments()
     rows, length = map(int, arguments.shape.split("x"))
-    names = ("model", "quant", "remat", "lora_dtype", "lora_dropout", "use_dora", "optim", "loss", "accumulation")
+    names = ("model", "quant", "remat", "lora", "lora_dtype", "optim", "loss", "accumulation")
     settings = {name: getattr(arguments, name) for name in names}
     record: dict[str, Any] = {
         "kind": "train",
@@ -262,7 +274,7 @@ def prepare(arguments: argparse.Namespace, rows: int, length: int, record: dict[
     config = first_layers(MODELS[arguments.model], arguments.layers)
     start = time.perf_counter()
     decoder = random_decoder(config, arguments.quant)
-    adapter = lora.LoraConfig(r=16, lora_dropout=arguments.lora_dropout, use_dora=arguments.use_dora)
+    adapter = lora.LoraConfig(**{"r": 16, **arguments.lora})
     lora.attach(decoder, adapter, key=jax.random.key(0), dtype=jnp.dtype(arguments.lora_dtype))
     _, trainable, frozen = labels.split(decoder)
     jax.block_until_ready((trainable, frozen))
@@ -357,8 +369,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", default="2x2048", help="rows x tokens")
     parser.add_argument("--remat", default="offload", help="a policy of jaxft.models.remat, or auto")
     parser.add_argument("--budget-gib", type=float, help="of --remat auto; what the device has if not given")
-    parser.add_argument("--use-dora", action="store_true")
-    parser.add_argument("--lora-dropout", type=float, default=0.0)
+    parser.add_argument("--lora", type=json.loads, default={}, help='fields of LoraConfig: {"lora_dropout": 0.05}')
     parser.add_argument("--lora-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--optim", choices=get_args(optim.Optimizer), default="adamw_8bit")
     parser.add_argument("--loss", choices=LOSSES, default="sft", help="policy: GRPO's; _kl: with its reference pass")

@@ -95,6 +95,7 @@ def benchmarks(sizes: Sizes | None = None) -> Iterator[Benchmark]:
     yield from _decoding(s)
     yield from _gate_and_up(s)
     yield from _linears(s)
+    yield from _dropout(s)
     yield from _losses(s)
     yield from _attentions(s)
     yield from _experts(s)
@@ -219,6 +220,18 @@ def _linears(s: Sizes) -> Iterator[Benchmark]:
         teraflops = 2 * 2 * s.tokens * sum(map(math.prod, shapes.values())) / 1e12
         size, peer = f"{s.tokens} tokens, {size}, NF4, r={s.rank}", f"lora-nf4 {peer} fwd+bwd"
         yield Benchmark(op, size, "forward + backward", make, ("x", *names), teraflops=teraflops, peer=peer)
+
+
+def _dropout(s: Sizes) -> Iterator[Benchmark]:
+    """The adapters of q, k and v."""
+
+    def make(key: jax.Array) -> dict[str, Any]:
+        arrays = normals(key, x=(s.tokens, s.hidden), A=(3, s.rank, s.hidden))
+        return {**arrays, "seeds": jax.random.bits(key, (3, 2), jnp.uint32), "rate": 0.05}
+
+    # x is read for l and for dA, and dx is written.
+    gigabytes, size = 3 * 2 * s.tokens * s.hidden / 1e9, f"3 x {s.tokens} x {s.hidden}, r={s.rank}"
+    yield Benchmark("dropout_low_rank", size, "forward + backward", make, ("x", "A"), gigabytes=gigabytes)
 
 
 def _losses(s: Sizes) -> Iterator[Benchmark]:

@@ -9,8 +9,8 @@ With g_i the cotangent of y_i, the small factors come first, and the [T, r] prod
     d_i = s_i g_i B_i            dB_i = g_i^T l_i            dA_i = d_i^T x
     dx = sum over i of g_i W_i + d_i A_i            dW_i = g_i^T x, only where W_i is being differentiated
 
-The A_i are one matrix [sum r_i, in] in all three places where they occur. With dropout the adapter's input is
-x * mask / keep, a mask for each linear; the mask is made again from its key in the backward pass.
+The A_i are one matrix [sum r_i, in] in all three places where they occur. With dropout each adapter has an input of its
+own, x * mask / keep, and the three products are those of `dropout`.
 
 Rows may be scaled, as DoRA's are (Liu et al. 2024, arXiv:2402.09353; c_i is magnitude over norm, see `row_norms`):
 
@@ -44,6 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.dropout import dropout_products, keep_mask, kept_share, seed
 from pallas_kernels.nf4_matmul import MAX_TOKENS
 from pallas_kernels.precision import einsum_float32, einsum_rounded
 
@@ -68,7 +69,8 @@ class LoraWeights(NamedTuple):
       bias: [out] or None.
       lora_A, lora_B: [r, in] and [out, r], or both None. Their gradients come in their own dtype.
       scale: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA; a constant, without a gradient.
-      dropout_key: PRNG key of the adapter's dropout, or None to drop nothing.
+      dropout_key: PRNG key of the adapter's dropout, or None to drop nothing; linears that share x have all one of
+        their own, or none.
       row_scale: float32 [out], what the rows of weight and adapter are multiplied by (DoRA), or None; only beside an
         adapter. A weight with `dequantize` takes it as a second argument.
     """
@@ -93,6 +95,8 @@ def check_weights(op: str, size_in: int, linears: dict[str, LoraWeights], dropou
     """Refuses linears whose parts do not fit each other or an input of `size_in` columns."""
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"{op}: dropout must be in [0, 1), not {dropout}")
+    if len({linear.dropout_key is None for linear in linears.values() if linear.lora_A is not None}) > 1:
+        raise ValueError(f"{op}: each of {', '.join(linears)} with an adapter has a dropout_key, or none")
     for name, linear in linears.items():
         weight, lora_A, lora_B, row_scale = linear.weight, linear.lora_A, linear.lora_B, linear.row_scale
         of = f"{op}: {name}_" if name else f"{op}: "
@@ -183,9 +187,8 @@ def low_rank(x: jax.Array, linears: Sequence[LoraWeights], dropout: float) -> tu
     if not adapters:
         return (None,) * len(linears)
     if _drops(adapters, dropout):
-        products = [
-            einsum_float32("ti,ri->tr", _dropped(x, p.dropout_key, dropout), p.A.astype(x.dtype)) for p in adapters
-        ]
+        masked = _Masked(adapters, x, dropout)
+        products = masked.unstacked(masked.run.low_rank(x, masked.A, masked.seeds, dropout), axis=1)
     else:
         products = _split(einsum_float32("ti,ri->tr", x, _stacked_A(adapters, x.dtype)), adapters, axis=1)
     return _at_adapters(linears, [_scaled(y, p, x.dtype) for y, p in zip(products, adapters, strict=True)])
@@ -263,9 +266,9 @@ def input_cotangent(
     dtype = cotangents[0].dtype
     adapters, d_adapters = _adapters(linears), [d for d in d_low if d is not None]
     parts = []
-    if adapters and _drops(adapters, dropout):
-        for p, d in zip(adapters, d_adapters, strict=True):
-            parts.append(_dropped(einsum_rounded("tr,ri->ti", d, p.A.astype(dtype), dtype), p.dropout_key, dropout))
+    if _drops(adapters, dropout):
+        masked = _Masked(adapters, cotangents[0], dropout)
+        parts.append(masked.run.d_x(masked.stacked(d_adapters, axis=1), masked.A, masked.seeds, dropout))
     elif adapters:
         stacked = jnp.concatenate(d_adapters, axis=1)
         parts.append(einsum_rounded("tr,ri->ti", stacked, _stacked_A(adapters, dtype), dtype))
@@ -347,8 +350,9 @@ def _d_A(
     if not adapters or x is None:
         return (None,) * len(linears)
     if _drops(adapters, dropout):
-        dropped = (_dropped(x, p.dropout_key, dropout) for p in adapters)
-        products = [einsum_float32("tr,ti->ri", d, x_i) for d, x_i in zip(d_adapters, dropped, strict=True)]
+        masked = _Masked(adapters, x, dropout)
+        d_A = masked.run.d_A(x, masked.stacked(d_adapters, axis=1), masked.seeds, dropout)
+        products = masked.unstacked(d_A, axis=0)
     else:
         products = _split(einsum_float32("tr,ti->ri", jnp.concatenate(d_adapters, axis=1), x), adapters, axis=0)
     return _at_adapters(linears, products)
@@ -378,6 +382,28 @@ def _drops(adapters: Sequence[Adapter], dropout: float) -> bool:
     return dropout > 0 and any(p.dropout_key is not None for p in adapters)
 
 
+class _Masked:
+    """Adapters of one x [T, in] as arrays for `dropout`'s products, ranks filled up with zeros to the largest."""
+
+    def __init__(self, adapters: Sequence[Adapter], x: jax.Array, dropout: float) -> None:
+        self.ranks = [p.A.shape[0] for p in adapters]
+        self.A = self.stacked([p.A.astype(x.dtype) for p in adapters], axis=0)
+        self.seeds = jnp.stack([seed(p.dropout_key) for p in adapters if p.dropout_key is not None])
+        self.run = dropout_products(x, self.A, self.seeds, rate=dropout)
+
+    def stacked(self, arrays: Sequence[jax.Array], axis: int) -> jax.Array:
+        """One array of each adapter's, whose `axis` is the rank."""
+        more = [max(self.ranks) - rank for rank in self.ranks]
+        return jnp.stack(
+            [jnp.pad(x, [(0, n * (i == axis)) for i in range(2)]) for x, n in zip(arrays, more, strict=True)]
+        )
+
+    def unstacked(self, array: jax.Array, axis: int) -> list[jax.Array]:
+        """The inverse of `stacked`."""
+        parts = zip(array, self.ranks, strict=True)
+        return [jax.lax.slice_in_dim(part, 0, rank, axis=axis) for part, rank in parts]
+
+
 def scales_dropped(linear: LoraWeights, dropout: float) -> bool:
     """Whether rows are scaled for the dropped input only."""
     return dropout > 0 and linear.dropout_key is not None and linear.row_scale is not None
@@ -387,9 +413,8 @@ def _dropped(x: jax.Array, dropout_key: jax.Array | None, dropout: float) -> jax
     """x * mask / keep: the adapter's input, and what its cotangent goes back through."""
     if dropout_key is None:
         return x
-    keep = np.float32(1.0 - dropout)
-    mask = jax.random.bernoulli(dropout_key, keep, x.shape)
-    return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
+    scaled = x / jnp.asarray(kept_share(dropout), x.dtype)
+    return jnp.where(keep_mask(seed(dropout_key), x.shape, dropout), scaled, jnp.zeros_like(x))
 
 
 def instantiate(cotangent: Any) -> jax.Array:

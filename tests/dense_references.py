@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.adamw_8bit import SIGNED_MAP, UNSIGNED_MAP
+from pallas_kernels.dropout import keep_mask, kept_share, seed
 from pallas_kernels.nf4 import NESTED_QUANT_MAP, QUANT_MAP, QuantizedArrays
 
 
@@ -115,12 +115,17 @@ def selected_log_probs(hidden, head, targets, *, chunk_size, bias=None, soft_cap
     return jnp.take_along_axis(log_p, targets[:, None], axis=1)[:, 0], entropy, jax.nn.logsumexp(logits, axis=-1)
 
 
+def dropout_low_rank(x, A, seeds, *, rate):
+    masks = jnp.stack([keep_mask(seed, x.shape, rate) for seed in seeds])
+    return jnp.einsum("ntk,nrk->ntr", jnp.where(masks, x[None], 0) / kept_share(rate), A)
+
+
 def lora_linear(x, weight, bias, lora_A, lora_B, *, scale, dropout, dropout_key, row_scale=None):
     if hasattr(weight, "codes"):
         weight = nf4_dequantize(weight.codes, weight.absmax, None, None, layer=None, dtype=None)
     lora_x = x
     if dropout and lora_A is not None:
-        mask = jax.random.bernoulli(dropout_key, np.float32(1 - dropout), x.reshape(-1, x.shape[-1]).shape)
+        mask = keep_mask(seed(dropout_key), x.reshape(-1, x.shape[-1]).shape, dropout)
         lora_x = jnp.where(mask.reshape(x.shape), x, 0) / (1 - dropout)
     y = x @ weight.T
     if lora_A is not None:

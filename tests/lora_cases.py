@@ -67,7 +67,9 @@ def dropout_mask(module: str, shape: tuple[int, int]) -> np.ndarray:
     """bool [tokens, in]: which values of the input of 'model.layers.{i}.mlp.up_proj' ours keeps."""
     import jax
 
+    from pallas_kernels import dropout
+
     layer, name = int(module.split(".")[2]), module.rsplit(".", 1)[1]
     key = jax.random.fold_in(jax.random.key(DROPOUT_SEED), layer)
     key = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
-    return np.asarray(jax.random.bernoulli(key, np.float32(0.75), shape))
+    return np.asarray(dropout.keep_mask(dropout.seed(key), shape, 0.25))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -46,18 +49,24 @@ RECOMPUTED = {
 # with the weight and with the adapter, which keeping "mlp_out" spares.
 OF_DORA = {"matvec_kernel": 7}
 
+# Dropout has three products for each of the layer's four inputs; remat policies keep the forward ones' results, but h
+# of the MLP is made and multiplied once more.
+OF_DROPOUT = {"dropout_low_rank_kernel": 4, "dropout_d_A_kernel": 4, "dropout_d_x_kernel": 4}
 
-def lowered_step(remat: str, use_dora: bool = False) -> str:
+
+def lowered_step(remat: str, **settings: Any) -> str:
+    """Of a decoder with an adapter of these settings; without any, with one that trains already."""
     decoder = decoder_of(quantization="nf4", remat=remat)
-    if use_dora:
-        lora.attach(decoder, lora.LoraConfig(r=4, use_dora=True), key=jax.random.key(0))
+    if settings:
+        lora.attach(decoder, lora.LoraConfig(r=4, **settings), key=jax.random.key(0))
     else:
         decoder = with_adapter(decoder)
     graphdef, trainable, frozen = labels.split(decoder)
     frozen = frozen_for(decoder, frozen)
     tx = optax.sgd(1.0)
     batch = batch_of(random_examples([9, 4, 12, 7]), [[0, 1], [2, 3]], 32)
-    step = make_train_step(graphdef, losses.sft, tx)
+    loss = functools.partial(losses.sft, dropout_key=jax.random.key(0))  # of use only where adapters drop something
+    step = make_train_step(graphdef, loss, tx)
     return step.trace(trainable, frozen, tx.init(trainable), batch).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -87,6 +96,22 @@ def test_dora_has_the_same_kernels_and_a_product_for_its_norms() -> None:
     assert full.count("dot_general") == kept.count("dot_general") + 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "more"),
+    [
+        ({"use_rslora": True}, {}),
+        ({"bias": "all"}, {}),
+        ({"modules_to_save": ("embed_tokens", "norm")}, {}),
+        ({"lora_dropout": 0.1}, OF_DROPOUT),
+    ],
+)
+def test_kinds_of_adapters_have_the_same_kernels(settings: dict[str, Any], more: dict[str, int]) -> None:
+    with h100():
+        counts = kernel_names(lowered_step("none", **settings))
+    assert counts == {**WITHOUT_REMAT, **more}
+
+
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="the default there is what the test above shows")
 def test_a_program_whose_ops_chose_for_a_cpu_has_none() -> None:
     """Negative control: outside of `h100` the ops choose XLA."""
@@ -94,7 +119,7 @@ def test_a_program_whose_ops_chose_for_a_cpu_has_none() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", set(MODELS) - {"tiny"})
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"tiny"}))
 def test_steps_of_real_shapes_lower_for_a_gpu(name: str) -> None:
     """From shapes alone; what the kernels of these sizes need of a GPU is not known here."""
     decoder = abstract_model(MODELS[name], jnp.bfloat16, LoraConfig(r=16), "nf4")
