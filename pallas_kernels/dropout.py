@@ -296,6 +296,12 @@ def _load(ref: Any, inside: jax.Array | None) -> jax.Array:
     return backend.load(ref, mask=jnp.broadcast_to(inside, ref.shape), other=0)
 
 
+def _masked(x: jax.Array, keep: jax.Array) -> jax.Array:
+    """x where it is kept, and else 0: by its bits, for Triton cannot bring a tile of booleans into another layout."""
+    bits = jnp.int16 if x.dtype.itemsize == 2 else jnp.int32
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, bits) & -keep.astype(bits), x.dtype)
+
+
 def _kept_in_tile(seeds_ref: Any, adapter: Any, row: jax.Array, counter: jax.Array, rate: float) -> list[jax.Array]:
     shape = (len(row), len(counter))
     counters = (jnp.broadcast_to(row[:, None], shape), jnp.broadcast_to(counter[None, :], shape))
@@ -330,7 +336,7 @@ def _dropout_low_rank_kernel(seeds_ref, x_ref, A_ref, out_ref, *, tile: _Tile, r
         for i in range(QUARTERS):
             x = _load(x_ref.at[row_read[:, None], column[i][None, :]], inside[i])
             A = _load(A_ref.at[adapter, ranks[:, None], column[i][None, :]], inside[i])
-            sum = sum + backend.dot(jnp.where(kept[i], x, jnp.zeros_like(x)), A, trans_y=True)
+            sum = sum + backend.dot(_masked(x, kept[i]), A, trans_y=True)
         return sum
 
     first, stop = _steps(_cdiv(_cdiv(columns, QUARTERS), tile.columns), steps)
@@ -352,7 +358,7 @@ def _dropout_d_A_kernel(seeds_ref, x_ref, d_ref, out_ref, *, tile: _Tile, rate: 
         d = jnp.where((row < num_rows)[:, None], d, jnp.zeros_like(d))
         kept = _kept_in_tile(seeds_ref, adapter, row, counter, rate)
         xs = [_load(x_ref.at[row_read[:, None], column[i][None, :]], inside[i]) for i in range(QUARTERS)]
-        dropped = [jnp.where(keep, x, jnp.zeros_like(x)) for keep, x in zip(kept, xs, strict=True)]
+        dropped = [_masked(x, keep) for keep, x in zip(kept, xs, strict=True)]
         return tuple(sum + backend.dot(d, x, trans_x=True) for sum, x in zip(sums, dropped, strict=True))
 
     sums = (jnp.zeros((tile.ranks, tile.columns), jnp.float32),) * QUARTERS

@@ -51,18 +51,21 @@ RANKS = 32
 
 
 class Tiling(NamedTuple):
-    """How the work is divided: a program decodes [rows, words] at a time; so many of them share the columns that there
-    are at least `programs`, if that is possible."""
+    """How the work is divided: a program decodes [rows, words] at a time, and some of them share the columns.
+
+    `resident` is how many run at a time, by which `_splits` decides how many share.
+    """
 
     rows: int
     words: int
     num_warps: int
     num_stages: int
-    programs: int
+    resident: int
 
 
-# By the tokens of a block: of a dozen each for 8, 16 and 64 on an H100; for 32 and 128 not timed since they decode so.
-TILINGS = dict.fromkeys((8, 16, 32, 64), Tiling(64, 16, 4, 3, 528)) | {128: Tiling(64, 16, 4, 3, 264)}
+# By the tokens of a block, of a dozen each on an H100.
+TILINGS = dict.fromkeys((8, 16), Tiling(64, 16, 4, 3, 1056)) | dict.fromkeys((32, 64, 128), Tiling(64, 16, 4, 3, 396))
+START = 4  # what beginning and ending a program costs, in tiles decoded
 
 
 def linears(
@@ -89,7 +92,7 @@ def linears(
     first = tuple(itertools.accumulate((-(-out // tiling.rows) for out in outs), initial=0))
     blocks, tiles = -(-tokens // block), -(-columns // (words * PER_WORD))
     if splits is None:
-        splits = power_of_two(-(-tiling.programs // (blocks * first[-1])), 1, 16)
+        splits = _splits(blocks * first[-1], tiles, tiling.resident)
     steps = -(-tiles // splits)
     splits = -(-tiles // steps)
     ordered, low = _prepared(x, parts, scales, _Blocks(block, blocks, words, tiles))
@@ -108,6 +111,15 @@ def linears(
         plan=_Plan(first, ranks, tiling.rows, tiling.num_warps, words, block, steps, format, tree),
     )
     return tuple(one[0] if splits == 1 else jnp.sum(one, axis=0).astype(x.dtype) for one in sums)
+
+
+def _splits(programs: int, tiles: int, resident: int) -> int:
+    """How many share the columns, so that all rounds of programs take the least time."""
+
+    def time(splits: int) -> int:
+        return -(-programs * splits // resident) * (-(-tiles // splits) + START)
+
+    return min((1, 2, 4, 8, 16), key=time)
 
 
 class _Plan(NamedTuple):
