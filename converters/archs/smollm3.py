@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
-from converters.archs.common import (
-    read_common,
-    read_common_gguf,
-    read_optional_windows,
-    read_rotating_layers,
-    write_common_gguf,
-)
+from converters.archs.base import ArchSpec, ConfigReader, GGUFArch
+from converters.archs.common import every_fourth, gguf_rows, read_common, read_optional_windows, read_rotating_layers
 from converters.tensor_ops import PERMUTE_QK
 from jaxft.models.config import DecoderConfig, LayerType
 
@@ -29,23 +21,17 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     )
 
 
-def _every_fourth(layers: int) -> tuple[int, ...]:
-    return tuple(range(3, layers, 4))
-
-
-def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
-    return {**read_common_gguf(reader), "attention_bias": False, "mlp_bias": False, "no_rope_layer_interval": 4}
-
-
-def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
-    return write_common_gguf(config, nope_layers=_every_fourth(config.num_hidden_layers))
-
-
 SMOLLM3 = ArchSpec(
     model_type="smollm3",
     architecture="SmolLM3ForCausalLM",
     read_config=_read_config,
-    gguf=GGUFArch("smollm3", _read_gguf, _write_gguf, PERMUTE_QK),
+    gguf=GGUFArch(
+        "smollm3",
+        gguf_rows(),
+        graph={"nope_layers": every_fourth},
+        hf={"attention_bias": False, "mlp_bias": False, "no_rope_layer_interval": 4},
+        tensor_ops=PERMUTE_QK,
+    ),
     models="SmolLM3 3B",
     defaults={"num_key_value_heads": 4, "rope_theta": 2_000_000.0, "tie_word_embeddings": True},
 )
