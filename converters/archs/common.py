@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 from converters.archs.base import ConfigReader
@@ -88,11 +89,11 @@ def read_optional_windows(reader: ConfigReader, layers: int, types: Sequence[Lay
     return windows if used else {}
 
 
-def read_rotating_layers(reader: ConfigReader, layers: int) -> list[bool]:
-    """`no_rope_layers`, where a 1 is a layer that does rotate; without it all but every `no_rope_layer_interval`-th."""
+def read_nope_layers(reader: ConfigReader, layers: int) -> tuple[int, ...]:
+    """`nope_layers`: where `no_rope_layers` has a 0; without it every `no_rope_layer_interval`-th."""
     period = reader.take("no_rope_layer_interval", 4)
     rotates = reader.take("no_rope_layers", None) or [(i + 1) % period for i in range(layers)]
-    return [bool(rotates[i]) for i in range(layers)]
+    return tuple(i for i in range(layers) if not rotates[i])
 
 
 def _context_within_window(facts: Facts) -> int:
@@ -105,10 +106,6 @@ def _context_within_window(facts: Facts) -> int:
         f"instead of {longest}; beyond it llama.cpp would compute something else"
     )
     return window
-
-
-def _head_dim(facts: Facts) -> int:
-    return facts["head_dim"]
 
 
 def gguf_rows(*own: Row, eps: Key = RMS_EPS, rope: Rope = Rope()) -> tuple[Row, ...]:
@@ -125,7 +122,7 @@ def gguf_rows(*own: Row, eps: Key = RMS_EPS, rope: Rope = Rope()) -> tuple[Row, 
         Key("embedding_length", "hidden_size"),
         Key("feed_forward_length", "intermediate_size"),
         Key("attention.head_count", "num_attention_heads"),
-        Key("attention.head_count_kv", "num_key_value_heads", default=lambda fields: fields["num_attention_heads"]),
+        Key("attention.head_count_kv", "num_key_value_heads", default=itemgetter("num_attention_heads")),
         rope,
         eps,
         Key(
@@ -133,7 +130,7 @@ def gguf_rows(*own: Row, eps: Key = RMS_EPS, rope: Rope = Rope()) -> tuple[Row, 
             "head_dim",
             default=lambda fields: fields["hidden_size"] // fields["num_attention_heads"],
         ),
-        Key("attention.value_length", None, default=_head_dim, value=_head_dim),
+        Key("attention.value_length", None, default=itemgetter("head_dim"), value=itemgetter("head_dim")),
         Key("vocab_size", "vocab_size"),
         rope.dimension_count,
         Fixed("hidden_act", "hidden_act", "silu"),

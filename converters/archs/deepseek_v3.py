@@ -29,11 +29,7 @@ DEEPSEEK_V3 = ArchSpec(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
     read_config=_read_config,
-    gguf=deepseek_gguf(
-        "sigmoid",
-        hf={"rope_interleave": True},
-        score_correction_bias=True,
-    ),
+    gguf=deepseek_gguf("sigmoid", hf={"rope_interleave": True}, score_correction_bias=True),
     models="DeepSeek-V3 and R1 (in 16 bits, without multi-token prediction), Moonlight",
     defaults={
         "q_lora_rank": 1536,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -241,23 +241,24 @@ def values_of(values: Facts, facts: Facts) -> dict[str, Any]:
 
 def facts_of(config: DecoderConfig) -> dict[str, Any]:
     """Every field by its name, those of `moe` and `mla` in their place."""
-    return {name: getattr(part, name) for name, part, _ in _fields(config)}
+    return {field.name: value for field, value in _fields(config)}
 
 
 def usual_facts(config: DecoderConfig) -> dict[str, Any]:
-    """The same fields with their defaults: what a decoder of so many layers, with or without experts, usually has."""
+    """The defaults of the same fields, where those of the layers are without experts or with them, as the config is."""
     kind = "dense" if config.moe is None else "sparse"
-    return {name: usual for name, _, usual in _fields(config)} | {"mlp_layer_types": (kind,) * config.num_hidden_layers}
+    defaults = {field.name: field.default for field, _ in _fields(config)}
+    return {**defaults, "mlp_layer_types": (kind,) * config.num_hidden_layers}
 
 
-def _fields(config: Any) -> list[tuple[str, Any, Any]]:
-    """(name, the dataclass that has it, default)."""
-    found = []
+def _fields(config: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
+    """Each with its value."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        nested = isinstance(value, MoEConfig | MLAConfig)
-        found += _fields(value) if nested else [(field.name, config, field.default)]
-    return found
+        if isinstance(value, MoEConfig | MLAConfig):
+            yield from _fields(value)
+        else:
+            yield field, value
 
 
 def check_fact(name: str, value: Any, supported: Sequence[Any]) -> None:

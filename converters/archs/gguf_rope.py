@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -26,16 +27,18 @@ FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_fac
 
 def _unless(default: float, name: str, field: str) -> Key:
     """A key that is only written where it says something else."""
-    return Key(
-        name, field, kind="number", default=default, value=lambda rope: None if rope[field] == default else rope[field]
-    )
+
+    def value(rope: Facts) -> float | None:
+        return None if rope[field] == default else rope[field]
+
+    return Key(name, field, kind="number", default=default, value=value)
 
 
-# What a key of its own names; LongRoPE's tensors name it.
+# The kinds that a key names; tensors say the others.
 _TYPE, _TYPES = "rope.scaling.type", ("linear", "yarn")
 _FACTOR = Key("rope.scaling.factor", "factor", kind="number")
 _ORIGINAL = Key("rope.scaling.original_context_length", "original_max_position_embeddings")
-# The other keys of each kind, and what `rope_parameters` and RopeConfig call them.
+# The keys of each kind, which `rope_parameters` and RopeConfig call the same.
 _SCALINGS: dict[str, tuple[Key, ...]] = {
     "linear": (_FACTOR,),
     "yarn": (
@@ -80,7 +83,7 @@ class Rope:
     @property
     def dimension_count(self) -> Key:
         """The row of how many values of a head are rotated."""
-        key = Key("rope.dimension_count", None, "rope", default=_head_dim, value=_rotated)
+        key = Key("rope.dimension_count", None, "rope", default=itemgetter("head_dim"), value=_rotated)
         return key if self.whole_heads else dataclasses.replace(key, hf=self.hf, read_as=_with_share)
 
     def read(self, reader: MetadataReader, fields: Facts) -> dict[str, Any]:
@@ -115,10 +118,6 @@ class Rope:
             )
         if not self.truncate:
             warn("llama.cpp rounds where YaRN's blend of frequencies begins and ends, which this model does not")
-
-
-def _head_dim(facts: Facts) -> int:
-    return facts["head_dim"]
 
 
 def _rotated(facts: Facts) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from converters.archs.base import ArchSpec, ConfigReader, GGUFArch
 from converters.archs.common import ATTENTION_BIAS, MLP_BIAS, gguf_rows, read_common
 from converters.archs.gguf_keys import Key
@@ -19,7 +21,7 @@ SCALES = (
 
 def read_scales(reader: ConfigReader) -> dict[str, Any]:
     """The fields of DecoderConfig that `SCALES` say."""
-    scales = {key.says[0]: reader.take(key.hf, 1.0) for key in SCALES}
+    scales = {key.says[0]: reader.take(key.hf, 1.0) for key in SCALES if key.hf}
     return {**scales, "logit_scale": 1.0 / scales["logit_scale"]}
 
 

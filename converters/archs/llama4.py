@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from converters.archs.base import ArchSpec, ConfigReader
-from converters.archs.common import read_common, read_rotating_layers
+from converters.archs.common import read_common, read_nope_layers
 from converters.archs.llama4_gguf import LLAMA4_GGUF, POSITIONS, ROUTING, chunked_layers
 from converters.archs.moe import expert_stacks, read_interleaved_layers, read_moe
 from converters.expert_layout import Rename
@@ -14,14 +14,14 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     reader.ignore("router_jitter_noise", "for_llm_compression")
     fields = read_common(reader, interleaved=True, attention_bias=False)
     layers, width = fields["num_hidden_layers"], fields["intermediate_size"]
-    rotates, chunk = read_rotating_layers(reader, layers), reader.take("attention_chunk_size", None)
+    nope, chunk = read_nope_layers(reader, layers), reader.take("attention_chunk_size", None)
     temperature = TemperatureConfig(reader.take("floor_scale"), float(reader.take("attn_scale")))
     return DecoderConfig(
         **{**fields, "intermediate_size": reader.take("intermediate_size_mlp")},
         qk_norm="rotated" if reader.take("use_qk_norm") else None,
-        layer_types=tuple(reader.take("layer_types", None) or (chunked_layers(rotates) if chunk else ())),
+        layer_types=tuple(reader.take("layer_types", None) or (chunked_layers(layers, nope) if chunk else ())),
         attention_chunk_size=chunk,
-        nope_layers=tuple(i for i in range(layers) if not rotates[i]),
+        nope_layers=nope,
         attn_temperature_tuning=temperature if reader.take("attn_temperature_tuning") else None,
         moe=read_moe(
             reader,

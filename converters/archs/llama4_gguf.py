@@ -5,7 +5,8 @@ The graph fixes what the config says of chunks, of layers without positions and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
+from operator import itemgetter
 
 from converters.archs.base import GGUFArch
 from converters.archs.common import WHOLE_CONTEXT, WINDOW, every_fourth, gguf_rows
@@ -24,9 +25,9 @@ _WIDTH = "intermediate_size"
 ROUTING = {"scoring_func": "sigmoid", "scale_inputs": True}
 
 
-def chunked_layers(rotates: Sequence[bool]) -> tuple[LayerType, ...]:
-    """`layer_types`: layers that rotate see a chunk, the others all."""
-    return tuple("chunked_attention" if each else "full_attention" for each in rotates)
+def chunked_layers(layers: int, nope: Collection[int]) -> tuple[LayerType, ...]:
+    """`layer_types`: layers without positions see all, the others a chunk."""
+    return tuple("full_attention" if i in nope else "chunked_attention" for i in range(layers))
 
 
 LLAMA4_GGUF = GGUFArch(
@@ -40,12 +41,12 @@ LLAMA4_GGUF = GGUFArch(
     ),
     graph={
         "qk_norm": lambda facts: None if facts["num_experts"] == _WITHOUT_NORM else "rotated",
-        "layer_types": lambda facts: chunked_layers([(i + 1) % 4 > 0 for i in range(facts["num_hidden_layers"])]),
+        "layer_types": lambda facts: chunked_layers(facts["num_hidden_layers"], every_fourth(facts)),
         "attention_chunk_size": POSITIONS["attention_chunk_size"],
         "nope_layers": every_fourth,
         "attn_temperature_tuning": TemperatureConfig(POSITIONS["floor_scale"], POSITIONS["attn_scale"]),
         **ROUTING,
-        "shared_expert_intermediate_size": lambda facts: facts["moe_intermediate_size"],
+        "shared_expert_intermediate_size": itemgetter("moe_intermediate_size"),
     },
     hf={
         **POSITIONS,

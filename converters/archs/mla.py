@@ -7,6 +7,7 @@ queries are multiplied by the keys' part of kv_b_proj, and what attention gives 
 from __future__ import annotations
 
 import math
+from operator import itemgetter
 from typing import Any
 
 from converters.archs.base import ConfigReader
@@ -46,10 +47,6 @@ def _latent_key(facts: Facts) -> int:
     return facts["kv_lora_rank"] + facts["qk_rope_head_dim"]
 
 
-def _latent_value(facts: Facts) -> int:
-    return facts["kv_lora_rank"]
-
-
 def _kv_rank(facts: Facts) -> int:
     eps = facts["rms_norm_eps"]
     if eps != 1e-6:
@@ -84,7 +81,7 @@ def _multiplier(facts: Facts) -> float | None:
 LATENT_KEYS = (
     Key("attention.head_count_kv", None, "num_key_value_heads", default=1, value=1),
     Key("attention.key_length", None, default=_latent_key, value=_latent_key),
-    Key("attention.value_length", None, default=_latent_value, value=_latent_value),
+    Key("attention.value_length", None, default=itemgetter("kv_lora_rank"), value=itemgetter("kv_lora_rank")),
     Key("rope.dimension_count", "qk_rope_head_dim"),
     Key(
         "attention.key_length_mla",
@@ -116,6 +113,6 @@ LATENT_KEYS = (
 LATENT_ROPE = Rope(("default", "yarn"), interleaved=True, attention_factor=1.0)
 # What an HF config says beside those keys.
 LATENT_FIELDS = {
-    "head_dim": lambda fields: fields["qk_rope_head_dim"],
-    "num_key_value_heads": lambda fields: fields["num_attention_heads"],
+    "head_dim": itemgetter("qk_rope_head_dim"),
+    "num_key_value_heads": itemgetter("num_attention_heads"),
 }

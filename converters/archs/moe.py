@@ -83,10 +83,9 @@ def expert_keys(*fields: str, **spelled: str | None) -> tuple[Key, ...]:
       **spelled: more of those, and what the family's HF config calls them; None: it has no such field, and a file may
         only say the default.
     """
-    wanted = ("num_experts", "num_experts_per_tok", *fields, *spelled)
-    found = (key for key in _KEYS if key.hf in wanted)
+    wanted = sorted({"num_experts", "num_experts_per_tok", *fields, *spelled}, key=list(_KEYS).index)
     return tuple(
-        dataclasses.replace(key, hf=spelled.get(key.hf, key.hf), of=key.of or key.hf) for key in found if key.hf
+        dataclasses.replace(_KEYS[name], hf=spelled.get(name, name), of=_KEYS[name].of or name) for name in wanted
     )
 
 
@@ -122,11 +121,15 @@ def _grouped(field: str) -> Callable[[Facts], int | None]:
     return lambda facts: facts[field] if facts["n_group"] > 1 else None
 
 
+def _by_field(*keys: Key) -> dict[str, Key]:
+    return {key.hf: key for key in keys if key.hf}
+
+
 # Beside the number of experts: F is the MLP's where no key says it, and the router's loss is no part of a file's model.
 _IMPLIED = "moe_intermediate_size router_aux_loss_coef"
 
-# llama.cpp's keys of experts, in its converter's order, as most HF configs call them.
-_KEYS = (
+# llama.cpp's keys of experts, in its converter's order, by what most HF configs call them.
+_KEYS = _by_field(
     Key("expert_count", "num_experts", f"num_experts {_IMPLIED}"),
     Key("expert_used_count", "num_experts_per_tok"),
     Key("expert_feed_forward_length", "moe_intermediate_size"),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from converters.archs.base import ArchSpec, ConfigReader, GGUFArch
 from converters.archs.common import gguf_rows, read_common
+from converters.archs.gguf_keys import Facts
 from jaxft.models.config import DecoderConfig
 
 # What the class and llama.cpp's graph fix.
-_FIXED = {"norm_placement": "post", "qk_norm": "full"}
+_FIXED: Facts = {"norm_placement": "post", "qk_norm": "full"}
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 from converters.archs.base import ArchSpec, ConfigReader, GGUFArch
 from converters.archs.common import gguf_rows, read_common
 from converters.archs.moe import EXPERT_PARAMETERS, expert_keys, read_moe
@@ -31,7 +33,7 @@ OLMOE = ArchSpec(
         gguf_rows(*expert_keys()),
         graph={
             "qk_norm": "full",
-            "num_key_value_heads": lambda facts: facts["num_attention_heads"],
+            "num_key_value_heads": itemgetter("num_attention_heads"),
             "tie_word_embeddings": False,
         },
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from converters.archs.base import ArchSpec, ConfigReader, GGUFArch
-from converters.archs.common import every_fourth, gguf_rows, read_common, read_optional_windows, read_rotating_layers
+from converters.archs.common import every_fourth, gguf_rows, read_common, read_nope_layers, read_optional_windows
 from converters.tensor_ops import PERMUTE_QK
 from jaxft.models.config import DecoderConfig, LayerType
 
@@ -11,11 +11,11 @@ from jaxft.models.config import DecoderConfig, LayerType
 def _read_config(reader: ConfigReader) -> DecoderConfig:
     fields = read_common(reader, attention_bias=False)
     layers = fields["num_hidden_layers"]
-    rotates = read_rotating_layers(reader, layers)
-    types: list[LayerType] = ["full_attention" if rotate else "sliding_attention" for rotate in rotates]
+    nope = read_nope_layers(reader, layers)
+    types: list[LayerType] = ["sliding_attention" if i in nope else "full_attention" for i in range(layers)]
     return DecoderConfig(
         **fields,
-        nope_layers=tuple(i for i in range(layers) if not rotates[i]),
+        nope_layers=nope,
         mlp_bias=reader.take("mlp_bias", False),
         **read_optional_windows(reader, layers, types),
     )
