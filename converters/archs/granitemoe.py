@@ -18,12 +18,7 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(
         **fields,
         **read_scales(reader),
-        moe=read_moe(
-            reader,
-            fields,
-            experts="num_local_experts",
-            norm_topk_prob=True,
-        ),
+        moe=read_moe(reader, fields, experts="num_local_experts", norm_topk_prob=True),
     )
 
 
@@ -44,11 +39,7 @@ GRANITE_MOE = ArchSpec(
     ),
     models="Granite 3 1B-A400M and 3B-A800M",
     defaults={"router_aux_loss_coef": 0.001},
-    layout=(
-        Rename("block_sparse_moe.router.layer", "mlp.gate"),
-        _GATE_UP,
-        _DOWN,
-    ),
+    layout=(Rename("block_sparse_moe.router.layer", "mlp.gate"), _GATE_UP, _DOWN),
     expert_parameters=(
         dataclasses.replace(_GATE_UP, hf="block_sparse_moe.experts.gate_up_proj"),
         dataclasses.replace(_DOWN, hf="block_sparse_moe.experts.down_proj"),

@@ -23,13 +23,7 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
         attention_chunk_size=chunk,
         nope_layers=nope,
         attn_temperature_tuning=temperature if reader.take("attn_temperature_tuning") else None,
-        moe=read_moe(
-            reader,
-            fields,
-            experts="num_local_experts",
-            shared_expert_intermediate_size=width,
-            **ROUTING,
-        ),
+        moe=read_moe(reader, fields, experts="num_local_experts", shared_expert_intermediate_size=width, **ROUTING),
         mlp_layer_types=read_interleaved_layers(reader, layers),
     )
 

@@ -16,12 +16,7 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(
         **fields,
         **read_windows(reader, fields["num_hidden_layers"]),
-        moe=read_moe(
-            reader,
-            fields,
-            experts="num_local_experts",
-            norm_topk_prob=True,
-        ),
+        moe=read_moe(reader, fields, experts="num_local_experts", norm_topk_prob=True),
     )
 
 

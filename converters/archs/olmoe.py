@@ -16,11 +16,7 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(
         **fields,
         qk_norm="full",
-        moe=read_moe(
-            reader,
-            fields,
-            norm_topk_prob=reader.take("norm_topk_prob", False),
-        ),
+        moe=read_moe(reader, fields, norm_topk_prob=reader.take("norm_topk_prob", False)),
     )
 
 
