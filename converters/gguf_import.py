@@ -11,7 +11,8 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from converters.archs import ARCHS
-from converters.archs.base import ArchSpec, GGUFArch, MetadataReader
+from converters.archs.base import ArchSpec, GGUFArch
+from converters.archs.gguf_keys import MetadataReader
 from converters.archs.gguf_rope import FACTORS, FREQUENCIES, recognise_llama3
 from converters.checkpoint import TensorInfo, check_tensors
 from converters.gguf_header import TensorEntry, read_header, stored_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,12 @@ import pytest
 from gguf import GGMLQuantizationType
 
 import gguf_files
+from arch_cases import arch_config, smallest_in_gguf
 from converters import gguf_export
 from converters.archs import ARCHS
+from converters.archs.base import GGUFArch
+from converters.archs.common import gguf_rows
+from converters.archs.gguf_keys import Key
 from converters.checkpoint import TensorInfo, stream
 from converters.gguf_export import write_gguf
 from converters.gguf_header import read_header
@@ -21,6 +26,8 @@ from converters.gguf_import import GGUFCheckpoint
 from converters.gguf_quants import quantize
 from converters.hf_load import HFCheckpoint
 from jaxft.errors import JaxftError
+from jaxft.models.config import DecoderConfig, MLAConfig, MoEConfig
+from tiny import write_tiny_hf
 
 
 class InMemory:
@@ -241,6 +248,27 @@ def test_broken_model_card(make_tiny_hf: Any, tmp_path: Path) -> None:
 def test_every_architecture_is_ggufs() -> None:
     """The registry only uses names that gguf knows."""
     assert {spec.gguf.name for spec in ARCHS.values() if spec.gguf} <= set(gguf.MODEL_ARCH_NAMES.values())
+
+
+def unknown_fields(arch: GGUFArch) -> set[str]:
+    """What the rows or the graph are about that no config of a decoder has."""
+    known = {field.name for part in (DecoderConfig, MoEConfig, MLAConfig) for field in dataclasses.fields(part)}
+    return {*arch.graph, *(name for row in arch.rows for name in row.says)} - known
+
+
+def test_every_row_is_about_the_decoder() -> None:
+    for spec in ARCHS.values():
+        assert spec.gguf is None or unknown_fields(spec.gguf) == set(), spec.model_type
+    rows = gguf_rows(Key("logit_scale", "logits_scaling"), Key("attention.scale", "scale", "attention_scale"))
+    assert unknown_fields(GGUFArch("x", rows, graph={"qk_nrom": "head"})) == {"logits_scaling", "qk_nrom"}
+
+
+def test_whole_numbers_of_real_fields_are_real(tmp_path: Path) -> None:
+    """JSON may say 1 where llama.cpp reads a float32."""
+    config = {**arch_config("cohere", smallest_in_gguf("cohere")), "logit_scale": 1}
+    path = write_gguf(HFCheckpoint(write_tiny_hf(tmp_path / "hf", config)), tmp_path / "model.gguf", "f32")
+    assert isinstance(read_header(path).metadata["command-r.logit_scale"], float)
+    assert GGUFCheckpoint(path).config["logit_scale"] == 1.0
 
 
 def test_a_stored_tied_head_and_buffers_are_left_out(make_tiny_hf: Any, tmp_path: Path) -> None:

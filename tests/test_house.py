@@ -152,6 +152,33 @@ def test_architecture_names_are_caught():
     assert architecture_names("x.py", "'a llama would be scaled by llama3 RoPE'") == []
 
 
+# What every family shares; each other module of converters/archs is a family's, or of a few that are alike.
+SHARED = ("__init__", "base", "common", "gguf_keys", "gguf_rope", "mla", "moe", "rope")
+FAMILY_LINES = 60
+
+
+def long_families(path: str, text: str) -> list[str]:
+    """The module, where it is a family's and more than data: what it adds then belongs into what families share."""
+    lines = text.count("\n")
+    family = path.startswith("converters/archs/") and Path(path).stem not in SHARED
+    return [f"{path} has {lines} lines"] if family and lines > FAMILY_LINES else []
+
+
+def test_families_are_short():
+    assert [found for path, text in sources("converters") for found in long_families(path, text)] == []
+
+
+def test_long_families_are_caught():
+    from converters.archs import ARCHS
+
+    for spec in ARCHS.values():
+        path = spec.read_config.__module__.replace(".", "/") + ".py"
+        assert long_families(path, "x = 1\n" * 61) == [f"{path} has 61 lines"]
+        assert long_families(path, "x = 1\n" * 60) == []
+    assert long_families("converters/archs/base.py", "x = 1\n" * 61) == []
+    assert long_families("converters/layout.py", "x = 1\n" * 61) == []
+
+
 # Assembled, so that this file does not hold what it forbids.
 HOSTS = re.compile("|".join([r"py" + r"pi\.org", r"python" + r"hosted\.org", r"npm" + r"js\.(com|org)"]))
 MACHINE_PATHS = re.compile(r"(?<![\w.$}])/(work|root|home|tmp)" + r"/\w")

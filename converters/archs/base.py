@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from converters.archs.gguf_keys import (
+    Facts,
+    MetadataReader,
+    Row,
+    check_fact,
+    facts_of,
+    usual_facts,
+    value_of,
+    values_of,
+)
 from converters.expert_layout import StackExperts
 from converters.layout import Layout, LayoutOp, Shape, layout_of
 from converters.tensor_ops import TensorOp
@@ -88,81 +97,6 @@ class ConfigReader:
 GATING = {"softmax": 1, "sigmoid": 2}
 
 
-class MetadataReader:
-    """Reads an architecture's keys of a GGUF file so that none goes unnoticed, as ConfigReader does for config.json.
-
-    Attributes:
-      tensors: names of the tensors in the file; what is missing says something too (no "output.weight": a tied head).
-    """
-
-    def __init__(self, metadata: dict[str, Any], arch: str, tensors: Collection[str], where: object) -> None:
-        self.tensors = tensors
-        self._prefix = f"{arch}."
-        self._left = {k.removeprefix(self._prefix): v for k, v in metadata.items() if k.startswith(self._prefix)}
-        self._where = where
-
-    def size(self, key: str, default: int | None = None) -> int:
-        """A positive integer; a missing one is `default`, or refused without it."""
-        value = self._take(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise self._refuse(key, f"must be a positive integer, not {value!r}")
-        return value
-
-    def count(self, key: str, default: int | None = None) -> int:
-        """An integer that may be 0."""
-        value = self._take(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise self._refuse(key, f"must be an integer, and not negative: {value!r}")
-        return value
-
-    def flag(self, key: str, default: bool | None = None) -> bool:
-        """True or false."""
-        value = self._take(key, default)
-        if not isinstance(value, bool):
-            raise self._refuse(key, f"must be true or false, not {value!r}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A positive float32, as the shortest decimal that means it: 9.999999747378752e-06 is 1e-05."""
-        value = self._take(key, default)
-        if not isinstance(value, float) or not 0 < value < math.inf:
-            raise self._refuse(key, f"must be a positive number, not {value!r}")
-        return float(str(np.float32(value)))
-
-    def choice(self, key: str, choices: Collection[str], default: str) -> str:
-        """One of the `choices`."""
-        value = self._take(key, default)
-        if not isinstance(value, str) or value not in choices:
-            raise self._refuse(key, f"the value {value!r} is not supported (only {', '.join(choices)})")
-        return value
-
-    def expect(self, key: str, default: Any) -> None:
-        """What the key could say is not implemented: it may only say `default`."""
-        value = self._left.pop(key, default)
-        if isinstance(value, np.ndarray) or value != default:
-            raise self._refuse(key, f"the value {value!r} is not supported (only {default!r})")
-
-    def ignore(self, *keys: str) -> None:
-        """These say nothing about what the model computes."""
-        for key in keys:
-            self._left.pop(key, None)
-
-    def finish(self) -> None:
-        """Refuses whatever was not asked for."""
-        if self._left:
-            keys = ", ".join(f"{self._prefix}{key} = {value!r}" for key, value in sorted(self._left.items()))
-            raise JaxftError(self._where, f"unknown metadata: {keys}", "It may change what the model computes")
-
-    def _take(self, key: str, default: Any) -> Any:
-        value = self._left.pop(key, default)
-        if value is None:
-            raise self._refuse(key, "is missing")
-        return value
-
-    def _refuse(self, key: str, what: str) -> JaxftError:
-        return JaxftError(f"{self._where}, key {self._prefix}{key}", what)
-
-
 @dataclasses.dataclass(frozen=True)
 class GGUFArch:
     """An architecture's facts in GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
@@ -171,30 +105,53 @@ class GGUFArch:
 
     Attributes:
       name: `general.architecture`, also the prefix of its keys.
-      read_config: reads its keys into the fields of an HF config that are the architecture's own.
-      write_metadata: the inverse, from the config: {key without the prefix: value} in llama.cpp's converter's order;
-        raises JaxftError for a fact that llama.cpp's implementation of the architecture does not have.
+      rows: its keys, and the tensors whose presence says something, in the order of llama.cpp's converter.
+      graph: fields of the decoder's config, `moe` and `mla` included, that llama.cpp's graph of the architecture fixes,
+        and their values, or functions of the decoder's facts. What neither `rows` nor this name has its default there.
+      hf: fields of an HF config that follow from that, and their values, or functions of the fields that were read.
       tensor_ops: reversible changes from HF tensors to GGUF's; none for most tensors.
-      experts: it is the architecture with experts, where llama.cpp has one name for both.
-      gating: `expert_gating_func`, where llama.cpp has one name for architectures that differ by it.
+      gating: the key of `GATING`, where llama.cpp has one name for architectures that differ by it.
       layout: how the tensors of a file differ from those of an HF checkpoint, which are the decoder's side of the ops.
       no_adapters: linears that llama.cpp's graph multiplies without a LoRA adapter, as their names end.
     """
 
     name: str
-    read_config: Callable[[MetadataReader], dict[str, Any]]
-    write_metadata: Callable[[DecoderConfig], dict[str, int | float | str]]
+    rows: tuple[Row, ...]
+    graph: Facts = dataclasses.field(default_factory=dict)
+    hf: Facts = dataclasses.field(default_factory=dict)
     tensor_ops: tuple[TensorOp, ...] = ()
-    experts: bool = False
-    gating: int | None = None
+    gating: str | None = None
     layout: Callable[[DecoderConfig], Sequence[LayoutOp]] = lambda config: ()
     no_adapters: tuple[str, ...] = ()
 
     def describes(self, metadata: Mapping[str, Any]) -> bool:
         """Whether a file of this name is of this architecture."""
-        experts = bool(metadata.get(f"{self.name}.expert_count"))
+        experts = any("num_experts" in row.says for row in self.rows)
+        if bool(metadata.get(f"{self.name}.expert_count")) != experts:
+            return False
         gating = metadata.get(f"{self.name}.expert_gating_func", GATING["softmax"])
-        return experts == self.experts and self.gating in (None, gating)
+        return self.gating is None or GATING[self.gating] == gating
+
+    def read_config(self, reader: MetadataReader) -> dict[str, Any]:
+        """The fields of an HF config that are the architecture's own, from a file's keys."""
+        fields: dict[str, Any] = {}
+        # What a key may only say follows from the others.
+        for row in sorted(self.rows, key=lambda row: row.hf is None):
+            fields |= row.read(reader, fields)
+        return fields | values_of(self.hf, fields)
+
+    def write_metadata(self, config: DecoderConfig) -> dict[str, int | float | str]:
+        """The inverse: {key without the prefix: value}.
+
+        Raises:
+          JaxftError: a fact that llama.cpp's graph of the architecture does not have.
+        """
+        facts = facts_of(config)
+        said = {name for row in self.rows for name in row.says}
+        for name, usual in usual_facts(config).items():
+            if name in self.graph or name not in said:
+                check_fact(name, facts[name], (value_of(self.graph.get(name, usual), facts),))
+        return {key: value for row in self.rows for key, value in row.write(facts).items()}
 
     def in_file(self, hf_shapes: Mapping[str, Shape], config: DecoderConfig) -> Layout:
         """Of HF's tensors, here `decoder`, and a file's, `hf`: those have HF's names, or what would be theirs."""

@@ -2,53 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
-from converters.archs.common import LAYER_NORM_EPS, read_common, read_common_gguf, write_common_gguf
+from converters.archs.base import ArchSpec, ConfigReader, GGUFArch
+from converters.archs.common import LAYER_NORM_EPS, gguf_rows, read_common
+from converters.archs.gguf_keys import Facts, Key, Present
+from converters.archs.gguf_rope import Rope
 from jaxft.models.config import DecoderConfig
+
+# What the class and llama.cpp's graph fix.
+_FIXED = {"norm": "layer_norm", "parallel_block": True}
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
     fields = read_common(reader, eps="layer_norm_eps", interleaved=True, attention_bias=False)
     return DecoderConfig(
         **fields,
-        norm="layer_norm",
-        parallel_block=True,
+        **_FIXED,
         qk_norm="each_head" if reader.take("use_qk_norm", False) else None,
         logit_scale=reader.take("logit_scale"),
     )
 
 
-def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
-    return {
-        **read_common_gguf(reader, eps="layer_norm_eps", eps_key=LAYER_NORM_EPS),
-        "attention_bias": False,
-        "use_qk_norm": "blk.0.attn_q_norm.weight" in reader.tensors,
-        "logit_scale": reader.number("logit_scale"),
-    }
-
-
-def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
-    keys = write_common_gguf(
-        config,
-        eps_key=LAYER_NORM_EPS,
-        said=("logit_scale",),
-        interleaved=True,
-        rope_kinds=("default", "linear"),
-        norm="layer_norm",
-        parallel_block=True,
-        qk_norm="each_head" if config.num_hidden_layers >= 64 else None,  # as llama.cpp decides
-        tie_word_embeddings=True,
-    )
-    return {**keys, "logit_scale": config.logit_scale}
+def _qk_norm(facts: Facts) -> str | None:
+    """As llama.cpp decides."""
+    return "each_head" if facts["num_hidden_layers"] >= 64 else None
 
 
 COHERE = ArchSpec(
     model_type="cohere",
     architecture="CohereForCausalLM",
     read_config=_read_config,
-    gguf=GGUFArch("command-r", _read_gguf, _write_gguf),
+    gguf=GGUFArch(
+        "command-r",
+        gguf_rows(
+            Key("logit_scale", "logit_scale", kind="number"),
+            Present("blk.0.attn_q_norm.weight", "use_qk_norm", "qk_norm"),
+            eps=LAYER_NORM_EPS,
+            rope=Rope(("default", "linear"), interleaved=True),
+        ),
+        graph={**_FIXED, "qk_norm": _qk_norm, "tie_word_embeddings": True},
+        hf={"attention_bias": False},
+    ),
     models="Command R, Command R+, Aya 23, Aya Expanse",
     defaults={"tie_word_embeddings": True, "rope_theta": 500_000.0, "logit_scale": 0.0625},
 )

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
-from converters.archs.base import ConfigReader, MetadataReader
-from converters.archs.gguf_rope import read_gguf_rope, write_gguf_rope
+from converters.archs.base import ConfigReader
+from converters.archs.gguf_keys import Facts, Fixed, Key, Present, Row, check_fact
+from converters.archs.gguf_rope import Rope
 from converters.archs.rope import read_rope
 from jaxft.console import warn
-from jaxft.errors import JaxftError
-from jaxft.models.config import DecoderConfig, LayerType, RopeKind
+from jaxft.models.config import LayerType
 
-RMS_EPS, LAYER_NORM_EPS = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
-WINDOW = "attention.sliding_window"
+RMS_EPS = Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", kind="number")
+LAYER_NORM_EPS = Key("attention.layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps", kind="number")
+# What tensors say of linears.
+ATTENTION_BIAS = Present("blk.0.attn_q.bias", "attention_bias", "qkv_bias o_bias")
+MLP_BIAS = Present("blk.0.ffn_up.bias", "mlp_bias")
+# What the context's length says of a graph without windows: that none is shorter.
+_WINDOWLESS = "max_position_embeddings sliding_window layer_types"
+# Of graphs that have a window, or chunks.
+WHOLE_CONTEXT, WINDOW = Key("context_length", "max_position_embeddings"), "attention.sliding_window"
 
 
 def read_common(
@@ -60,6 +67,11 @@ def every(layers: int, period: int) -> tuple[LayerType, ...]:
     return tuple("sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers))
 
 
+def every_fourth(facts: Facts) -> tuple[int, ...]:
+    """`nope_layers` of llama.cpp's graphs: it knows no other layers without positions."""
+    return tuple(range(3, facts["num_hidden_layers"], 4))
+
+
 def read_windows(reader: ConfigReader, layers: int, types: Sequence[LayerType] | None = None) -> dict[str, Any]:
     """`sliding_window` and `layer_types`, which are `types` where the config lists none (None: all sliding).
 
@@ -77,120 +89,17 @@ def read_optional_windows(reader: ConfigReader, layers: int, types: Sequence[Lay
     return windows if used else {}
 
 
-def read_rotating_layers(reader: ConfigReader, layers: int) -> list[bool]:
-    """`no_rope_layers`, where a 1 is a layer that does rotate; without it all but every `no_rope_layer_interval`-th."""
+def read_nope_layers(reader: ConfigReader, layers: int) -> tuple[int, ...]:
+    """`nope_layers`: where `no_rope_layers` has a 0; without it every `no_rope_layer_interval`-th."""
     period = reader.take("no_rope_layer_interval", 4)
     rotates = reader.take("no_rope_layers", None) or [(i + 1) % period for i in range(layers)]
-    return [bool(rotates[i]) for i in range(layers)]
+    return tuple(i for i in range(layers) if not rotates[i])
 
 
-def read_common_gguf(
-    reader: MetadataReader,
-    *,
-    hidden_act: str = "silu",
-    activation: str = "hidden_act",
-    eps: str = "rms_norm_eps",
-    eps_key: str = RMS_EPS,
-    whole_heads: bool = True,
-    moe: bool = False,
-) -> dict[str, Any]:
-    """The fields of an HF config that nearly every family has, from the keys of `write_common_gguf`.
-
-    Args:
-      reader: of the file's metadata.
-      hidden_act: what llama.cpp's graph of the architecture computes.
-      activation, eps: how the family's HF config spells those.
-      eps_key: the key of the norms' epsilon.
-      whole_heads: all of a head is rotated, and no other value of `rope.dimension_count` is possible.
-      moe: the architecture has experts, which are for `read_moe_gguf`.
-    """
-    hidden, heads = reader.size("embedding_length"), reader.size("attention.head_count")
-    head_dim = reader.size("attention.key_length", hidden // heads)
-    reader.expect("attention.value_length", head_dim)
-    for experts in () if moe else ("expert_count", "expert_used_count"):
-        reader.expect(experts, 0)
-    reader.ignore("tensor_data_layout")
-    rope = read_gguf_rope(reader)
-    if whole_heads:
-        reader.expect("rope.dimension_count", head_dim)
-    else:
-        rope["partial_rotary_factor"] = reader.size("rope.dimension_count", head_dim) / head_dim
-    return {
-        "vocab_size": reader.size("vocab_size"),
-        "hidden_size": hidden,
-        "intermediate_size": reader.size("feed_forward_length"),
-        "num_hidden_layers": reader.size("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": reader.size("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        activation: hidden_act,
-        "max_position_embeddings": reader.size("context_length"),
-        eps: reader.number(eps_key),
-        "rope_parameters": rope,
-        "tie_word_embeddings": "output.weight" not in reader.tensors,
-    }
-
-
-# What the keys of `write_common_gguf`, or the tensors that are there, say of any architecture.
-_SAID = frozenset(
-    """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    max_position_embeddings rms_norm_eps tie_word_embeddings sliding_window rope mlp_layer_types""".split()  # noqa: SIM905
-)
-
-
-def write_common_gguf(
-    config: DecoderConfig,
-    *,
-    eps_key: str = RMS_EPS,
-    said: Sequence[str] = (),
-    whole_heads: bool = True,
-    interleaved: bool = False,
-    rope_kinds: Sequence[RopeKind] = ("default", "linear", "llama3", "yarn"),
-    yarn_truncate: bool = True,
-    yarn_attention_factor: float | None = None,
-    **graph: Any,
-) -> dict[str, int | float | str]:
-    """The keys that nearly every architecture has, after a check that GGUF can say everything else, too.
-
-    Args:
-      config: the decoder's facts.
-      eps_key: as of `read_common_gguf`.
-      said: fields of the config that the architecture's own keys, or its tensors, say.
-      whole_heads, interleaved, rope_kinds, yarn_truncate, yarn_attention_factor: what llama.cpp's graph of the
-        architecture can rotate.
-      **graph: the values of fields that it fixes; other fields must have DecoderConfig's default.
-
-    Raises:
-      JaxftError: a field that llama.cpp's graph of the architecture does not have.
-    """
-    without_windows = () if "layer_types" in graph else ("layer_types",)
-    for field in dataclasses.fields(config):
-        if field.name in graph or field.name not in {*_SAID, *said, *without_windows}:
-            check_fact(field.name, getattr(config, field.name), (graph.get(field.name, field.default),))
-    check_fact("rope_type", config.rope.kind, rope_kinds)
-    check_fact("interleaved rotation", config.rope.interleaved, (interleaved,))
-    if whole_heads:
-        check_fact("partial_rotary_factor", config.rope.partial_rotary_factor, (1.0,))
-    return {
-        "block_count": config.num_hidden_layers,
-        "context_length": _context_within_window(config) if without_windows else config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        **write_gguf_rope(config.rope, truncate=yarn_truncate, attention_factor=yarn_attention_factor),
-        eps_key: config.rms_norm_eps,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "rope.dimension_count": config.rope.rotated(config.head_dim),
-    }
-
-
-def _context_within_window(config: DecoderConfig) -> int:
+def _context_within_window(facts: Facts) -> int:
     """The longest context in which a window, that llama.cpp's graph does not have, makes no difference."""
-    window, longest = config.sliding_window, config.max_position_embeddings
-    if window is None or window >= longest or "sliding_attention" not in config.layer_types:
+    window, longest = facts["sliding_window"], facts["max_position_embeddings"]
+    if window is None or window >= longest or "sliding_attention" not in facts["layer_types"]:
         return longest
     warn(
         f"llama.cpp has no sliding window for this architecture: context_length is written as {window}, the window, "
@@ -199,8 +108,46 @@ def _context_within_window(config: DecoderConfig) -> int:
     return window
 
 
-def check_fact(name: str, value: Any, supported: Sequence[Any]) -> None:
-    """Raises JaxftError where llama.cpp's graph has only the `supported` values."""
-    if value not in supported:
-        only = " or ".join(map(repr, supported))
-        raise JaxftError(f"config field {name}", f"this GGUF architecture cannot say {value!r} (only {only})")
+def gguf_rows(*own: Row, eps: Key = RMS_EPS, rope: Rope = Rope()) -> tuple[Row, ...]:
+    """The rows that nearly every architecture has, in the order of llama.cpp's converter, and its own behind them.
+
+    Args:
+      *own: a row whose name is that of another one before takes its place.
+      eps: of the norms' epsilon.
+      rope: what llama.cpp's graph of the architecture can rotate.
+    """
+    common: tuple[Row, ...] = (
+        Key("block_count", "num_hidden_layers"),
+        Key("context_length", "max_position_embeddings", _WINDOWLESS, value=_context_within_window),
+        Key("embedding_length", "hidden_size"),
+        Key("feed_forward_length", "intermediate_size"),
+        Key("attention.head_count", "num_attention_heads"),
+        Key("attention.head_count_kv", "num_key_value_heads", default=itemgetter("num_attention_heads")),
+        rope,
+        eps,
+        Key(
+            "attention.key_length",
+            "head_dim",
+            default=lambda fields: fields["hidden_size"] // fields["num_attention_heads"],
+        ),
+        Key("attention.value_length", None, default=itemgetter("head_dim"), value=itemgetter("head_dim")),
+        Key("vocab_size", "vocab_size"),
+        rope.dimension_count,
+        Fixed("hidden_act", "hidden_act", "silu"),
+        Present("output.weight", "tie_word_embeddings", absent=True),
+        Key("tensor_data_layout", None),
+    )
+    rows = {row.name: row for row in (*common, *own)}
+    no_experts = (Key(name, None, default=0) for name in ("expert_count", "expert_used_count"))
+    return (*rows.values(), *(row for row in no_experts if row.name not in rows))
+
+
+def window_keys(period: int, *, default: int | None = None) -> tuple[Key, ...]:
+    """Of graphs with windows in all but every `period`-th layer; `default` is that of files that say none."""
+
+    def window(facts: Facts) -> int:
+        check_fact("layer_types", facts["layer_types"], (every(facts["num_hidden_layers"], period),))
+        return facts["sliding_window"]
+
+    said = "sliding_window layer_types"
+    return (WHOLE_CONTEXT, Key(WINDOW, "sliding_window", said, default=default, value=window))

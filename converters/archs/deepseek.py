@@ -1,15 +1,18 @@
-"""What the DeepSeek families share: latent attention, dense layers before sparse ones, shared experts."""
+"""What the DeepSeek families share: latent attention, dense layers before sparse ones, shared experts.
+
+In GGUF: llama.cpp's "deepseek2", https://github.com/ggml-org/llama.cpp/blob/master/src/models/deepseek2.cpp
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from converters.archs.base import ConfigReader
-from converters.archs.common import read_common
-from converters.archs.moe import read_moe
-from converters.archs.rope import yarn_mscale
+from converters.archs.base import ConfigReader, GGUFArch
+from converters.archs.common import gguf_rows, read_common
+from converters.archs.gguf_keys import Facts
+from converters.archs.mla import LATENT_FIELDS, LATENT_KEYS, LATENT_LINEARS, LATENT_ROPE, read_mla, split_heads
+from converters.archs.moe import expert_keys, read_late_layers, read_moe, two_best_of_groups
 from converters.expert_layout import Rename
-from jaxft.models.config import MLAConfig
 
 SHARED_EXPERTS = Rename("mlp.shared_experts", "mlp.shared_expert")
 
@@ -17,32 +20,41 @@ SHARED_EXPERTS = Rename("mlp.shared_experts", "mlp.shared_expert")
 def deepseek_fields(reader: ConfigReader, *, interleaved: bool, routing: dict[str, Any]) -> dict[str, Any]:
     """The fields of DecoderConfig; `routing` are some of MoEConfig."""
     reader.ignore("pretraining_tp", "ep_size", "aux_loss_alpha", "seq_aux")  # of training, and of the reference's speed
-    sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    mla = MLAConfig(q_lora_rank=reader.take("q_lora_rank", None), **{name: reader.take(name) for name in sizes})
-    reader.expect("qk_head_dim", mla.qk_head_dim)
-    scaling = reader.peek("rope_parameters") or reader.peek("rope_scaling") or {}
-    fields = read_common(reader, interleaved=interleaved)
-    # Where the context is extended, q.k is multiplied by the square of YaRN's factor of cos and sin, not those.
-    mscale = yarn_mscale(scaling.get("factor", 1.0), scaling.get("mscale_all_dim", 0))
+    mla, fields = read_mla(reader), read_common(reader, interleaved=interleaved, attention_bias=False)
     reader.expect("moe_layer_freq", 1)
-    dense, layers, width = reader.take("first_k_dense_replace", 0), fields["num_hidden_layers"], "moe_intermediate_size"
-    bias, expert_width = reader.take("attention_bias", False), reader.take(width)
+    width = reader.take("moe_intermediate_size")
     moe = read_moe(
         reader,
+        fields,
         experts="n_routed_experts",
-        moe_intermediate_size=expert_width,
-        shared_expert_intermediate_size=reader.take("n_shared_experts") * expert_width,
+        moe_intermediate_size=width,
+        shared_expert_intermediate_size=reader.take("n_shared_experts") * width,
         routed_scaling_factor=float(reader.take("routed_scaling_factor", 1.0)),
-        expert_act=fields["hidden_act"],
         **routing,
     )
-    return {
-        **fields,
-        "head_dim": mla.qk_head_dim,
-        "mla": mla,
-        "attention_scale": mla.qk_head_dim**-0.5 * mscale**2,
-        "qkv_bias": bias,
-        "o_bias": bias,
-        "moe": moe,
-        "mlp_layer_types": tuple("dense" if i < dense else "sparse" for i in range(layers)),
-    }
+    return {**fields, **mla, "moe": moe, "mlp_layer_types": read_late_layers(reader, fields["num_hidden_layers"])}
+
+
+def _q_rank(facts: Facts) -> int | None:
+    """Of these numbers of layers llama.cpp takes the queries to be made of the token, whatever the file says."""
+    return None if facts["num_hidden_layers"] in (26, 27) else facts["q_lora_rank"]
+
+
+_EXPERT_KEYS = (
+    "moe_intermediate_size", "first_k_dense_replace", "n_shared_experts", "routed_scaling_factor", "norm_topk_prob",
+    "n_group", "topk_group",
+)  # fmt: skip
+
+
+def deepseek_gguf(scoring: str, *, fixed: tuple[str, ...] = (), hf: Facts, **graph: Any) -> GGUFArch:
+    """The family whose router scores so; `fixed` are the fields that its HF config does not have, or not freely."""
+    spelled = {"num_experts": "n_routed_experts", "scoring_func": None, **dict.fromkeys(fixed)}
+    return GGUFArch(
+        "deepseek2",
+        gguf_rows(*LATENT_KEYS, *expert_keys(*_EXPERT_KEYS, **spelled), rope=LATENT_ROPE),
+        graph={"q_lora_rank": _q_rank, "group_score": two_best_of_groups, **graph},
+        hf={**LATENT_FIELDS, "attention_bias": False, **hf},
+        gating=scoring,
+        layout=split_heads,
+        no_adapters=LATENT_LINEARS,
+    )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from converters.archs.base import ArchSpec, ConfigReader, MetadataReader
-from converters.archs.deepseek import SHARED_EXPERTS, deepseek_fields
-from converters.archs.deepseek_gguf import deepseek_gguf, read_deepseek_gguf
+from converters.archs.base import ArchSpec, ConfigReader
+from converters.archs.deepseek import SHARED_EXPERTS, deepseek_fields, deepseek_gguf
 from converters.archs.moe import EXPERT_PARAMETERS
 from jaxft.models.config import DecoderConfig
 
@@ -24,18 +21,15 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     )
 
 
-def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
-    reader.expect("expert_group_count", 1)
-    reader.expect("expert_group_used_count", 1)
-    reader.expect("expert_weights_norm", False)
-    return {**read_deepseek_gguf(reader), "topk_method": "greedy", "mlp_bias": False}
-
-
 DEEPSEEK_V2 = ArchSpec(
     model_type="deepseek_v2",
     architecture="DeepseekV2ForCausalLM",
     read_config=_read_config,
-    gguf=deepseek_gguf("softmax", _read_gguf),
+    gguf=deepseek_gguf(
+        "softmax",
+        fixed=("norm_topk_prob", "n_group", "topk_group"),
+        hf={"topk_method": "greedy", "mlp_bias": False},
+    ),
     models="DeepSeek-V2, DeepSeek-V2-Lite, DeepSeek-Coder-V2",
     defaults={"q_lora_rank": 1536},
     layout=(SHARED_EXPERTS,),

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from converters.archs.base import ArchSpec, ConfigReader, MetadataReader
-from converters.archs.deepseek import SHARED_EXPERTS, deepseek_fields
-from converters.archs.deepseek_gguf import deepseek_gguf, read_deepseek_gguf
+from converters.archs.base import ArchSpec, ConfigReader
+from converters.archs.deepseek import SHARED_EXPERTS, deepseek_fields, deepseek_gguf
 from converters.archs.moe import EXPERT_PARAMETERS
 from jaxft.models.config import DecoderConfig
 
@@ -28,21 +25,11 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(**deepseek_fields(reader, interleaved=reader.take("rope_interleave", True), routing=routing))
 
 
-def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
-    return {
-        **read_deepseek_gguf(reader),
-        "rope_interleave": True,
-        "n_group": reader.size("expert_group_count", 1),
-        "topk_group": reader.size("expert_group_used_count", 1),
-        "norm_topk_prob": reader.flag("expert_weights_norm", False),
-    }
-
-
 DEEPSEEK_V3 = ArchSpec(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
     read_config=_read_config,
-    gguf=deepseek_gguf("sigmoid", _read_gguf),
+    gguf=deepseek_gguf("sigmoid", hf={"rope_interleave": True}, score_correction_bias=True),
     models="DeepSeek-V3 and R1 (in 16 bits, without multi-token prediction), Moonlight",
     defaults={
         "q_lora_rank": 1536,

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
-from converters.archs.gemma_shared import GEMMA_DEFAULTS, gemma_fields, read_gemma_gguf, write_gemma_gguf
+from converters.archs.base import ArchSpec, ConfigReader
+from converters.archs.common import gguf_rows, window_keys
+from converters.archs.gemma_shared import GEMMA_ACTIVATION, GEMMA_DEFAULTS, gemma_fields, gemma_gguf
+from converters.archs.gguf_rope import LOCAL_THETA, Rope
 from converters.archs.rope import rope_of
-from converters.tensor_ops import ADD_ONE_TO_NORMS
 from jaxft.models.config import DecoderConfig
-
-_LOCAL_THETA, _LARGEST = "rope.freq_base_swa", 62
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
@@ -30,24 +27,16 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     )
 
 
-def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
-    local = {"rope_type": "default", "rope_theta": reader.number(_LOCAL_THETA, 10_000.0)}
-    fields = read_gemma_gguf(reader, largest=_LARGEST)
-    return {**fields, "rope_parameters": {"full_attention": fields["rope_parameters"], "sliding_attention": local}}
-
-
-def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
-    graph = {"said": ("local_rope",), "qk_norm": "head", "rope_kinds": ("default", "linear")}
-    keys = write_gemma_gguf(config, period=6, largest=_LARGEST, **graph)
-    assert config.local_rope is not None
-    return {**keys, _LOCAL_THETA: config.local_rope.theta}
-
-
 GEMMA3 = ArchSpec(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
     read_config=_read_config,
-    gguf=GGUFArch("gemma3", _read_gguf, _write_gguf, ADD_ONE_TO_NORMS),
+    gguf=gemma_gguf(
+        "gemma3",
+        gguf_rows(GEMMA_ACTIVATION, *window_keys(6), LOCAL_THETA, rope=Rope(("default", "linear"))),
+        largest=62,
+        qk_norm="head",
+    ),
     models="Gemma 3 270M, 1B, and the text model of 4B to 27B",
     defaults={**GEMMA_DEFAULTS, "rope_theta": 1_000_000.0},
 )

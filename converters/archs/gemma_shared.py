@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from converters.archs.base import ConfigReader, MetadataReader
-from converters.archs.common import WINDOW, every, read_common, read_common_gguf, read_windows, write_common_gguf
-from jaxft.models.config import DecoderConfig
+from converters.archs.base import ConfigReader, GGUFArch
+from converters.archs.common import every, read_common, read_windows
+from converters.archs.gguf_keys import Facts, Fixed, Row, values_of
+from converters.tensor_ops import ADD_ONE_TO_NORMS
+
+# What the classes and llama.cpp's graphs fix.
+GEMMA_SCALES = {"norm_weight_offset": 1.0, "embedding_multiplier": lambda facts: facts["hidden_size"] ** 0.5}
+_FIXED = {"norm_placement": "sandwich", **GEMMA_SCALES}
+GEMMA_ACTIVATION = Fixed("hidden_act", "hidden_activation", "gelu_pytorch_tanh")
 
 GEMMA_DEFAULTS = {
     "num_key_value_heads": 4,
@@ -25,9 +31,7 @@ def gemma_fields(reader: ConfigReader, period: int) -> dict[str, Any]:
     fields = read_common(reader, activation="hidden_activation", attention_bias=False)
     return {
         **fields,
-        "norm_placement": "sandwich",
-        "norm_weight_offset": 1.0,
-        "embedding_multiplier": fields["hidden_size"] ** 0.5,
+        **values_of(_FIXED, fields),
         "attention_scale": reader.take("query_pre_attn_scalar") ** -0.5,
         "attention_soft_cap": reader.take("attn_logit_softcapping", None),
         "logit_soft_cap": reader.take("final_logit_softcapping", None),
@@ -35,33 +39,21 @@ def gemma_fields(reader: ConfigReader, period: int) -> dict[str, Any]:
     }
 
 
-def read_gemma_gguf(reader: MetadataReader, *, largest: int, window: int | None = None) -> dict[str, Any]:
-    """The fields of an HF config; `window` is what llama.cpp has where the file says none, `largest` as below."""
-    fields = read_common_gguf(reader, hidden_act="gelu_pytorch_tanh", activation="hidden_activation")
-    return {
-        **fields,
-        "attention_bias": False,
-        "query_pre_attn_scalar": round(_attention_scale(fields, largest) ** -2),
-        "sliding_window": reader.size(WINDOW, window),
-    }
+def gemma_gguf(name: str, rows: tuple[Row, ...], *, largest: int, **graph: Any) -> GGUFArch:
+    """The architecture `name`; `graph` is beside what all of them fix.
 
+    In the model of `largest` layers q.k is scaled by hidden_size / heads, in others by head_dim.
+    """
 
-def write_gemma_gguf(config: DecoderConfig, *, period: int, largest: int, **graph: Any) -> dict[str, int | float | str]:
-    """The keys of `read_gemma_gguf`; `graph` as of `write_common_gguf`."""
-    keys = write_common_gguf(
-        config,
-        hidden_act="gelu_pytorch_tanh",
-        norm_placement="sandwich",
-        norm_weight_offset=1.0,
-        embedding_multiplier=config.hidden_size**0.5,
-        attention_scale=_attention_scale(vars(config), largest),
-        layer_types=every(config.num_hidden_layers, period),
-        **graph,
+    def scaled_by(facts: Facts) -> float:
+        by_width = facts["num_hidden_layers"] == largest
+        return facts["hidden_size"] / facts["num_attention_heads"] if by_width else facts["head_dim"]
+
+    scale = {"attention_scale": lambda facts: scaled_by(facts) ** -0.5}
+    return GGUFArch(
+        name,
+        rows,
+        graph={**_FIXED, **scale, **graph},
+        hf={"attention_bias": False, "query_pre_attn_scalar": lambda fields: round(scaled_by(fields))},
+        tensor_ops=ADD_ONE_TO_NORMS,
     )
-    return {**keys, WINDOW: config.sliding_window or 0}
-
-
-def _attention_scale(fields: dict[str, Any], largest: int) -> float:
-    """What llama.cpp scales q.k by: in the model of `largest` layers by hidden_size / heads, else by head_dim."""
-    by_width = fields["num_hidden_layers"] == largest
-    return (fields["hidden_size"] / fields["num_attention_heads"] if by_width else fields["head_dim"]) ** -0.5

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from converters.archs.base import ArchSpec, ConfigReader
-from converters.archs.common import read_common, read_rotating_layers
-from converters.archs.llama4_gguf import LLAMA4_GGUF, POSITIONS, STEP, chunked_layers, sparse_layers
-from converters.archs.moe import expert_stacks, read_moe
+from converters.archs.common import read_common, read_nope_layers
+from converters.archs.llama4_gguf import LLAMA4_GGUF, POSITIONS, ROUTING, chunked_layers
+from converters.archs.moe import expert_stacks, read_interleaved_layers, read_moe
 from converters.expert_layout import Rename
 from jaxft.models.config import DecoderConfig, TemperatureConfig
 
@@ -15,31 +13,23 @@ from jaxft.models.config import DecoderConfig, TemperatureConfig
 def _read_config(reader: ConfigReader) -> DecoderConfig:
     reader.ignore("router_jitter_noise", "for_llm_compression")
     fields = read_common(reader, interleaved=True, attention_bias=False)
-    layers, width, step = fields["num_hidden_layers"], fields["intermediate_size"], reader.take(STEP)
-    rotates, chunk = read_rotating_layers(reader, layers), reader.take("attention_chunk_size", None)
+    layers, width = fields["num_hidden_layers"], fields["intermediate_size"]
+    nope, chunk = read_nope_layers(reader, layers), reader.take("attention_chunk_size", None)
     temperature = TemperatureConfig(reader.take("floor_scale"), float(reader.take("attn_scale")))
     return DecoderConfig(
         **{**fields, "intermediate_size": reader.take("intermediate_size_mlp")},
         qk_norm="rotated" if reader.take("use_qk_norm") else None,
-        layer_types=tuple(reader.take("layer_types", None) or (chunked_layers(rotates) if chunk else ())),
+        layer_types=tuple(reader.take("layer_types", None) or (chunked_layers(layers, nope) if chunk else ())),
         attention_chunk_size=chunk,
-        nope_layers=tuple(i for i in range(layers) if not rotates[i]),
+        nope_layers=nope,
         attn_temperature_tuning=temperature if reader.take("attn_temperature_tuning") else None,
-        moe=read_moe(
-            reader,
-            experts="num_local_experts",
-            moe_intermediate_size=width,
-            scoring_func="sigmoid",
-            scale_inputs=True,
-            shared_expert_intermediate_size=width,
-            expert_act=fields["hidden_act"],
-        ),
-        mlp_layer_types=sparse_layers(layers, reader.take("moe_layers", range(step - 1, layers, step))),
+        moe=read_moe(reader, fields, experts="num_local_experts", shared_expert_intermediate_size=width, **ROUTING),
+        mlp_layer_types=read_interleaved_layers(reader, layers),
     )
 
 
 # gate beside up; weights are [in, out].
-_EXPERTS = expert_stacks((0, 3, 1, 2), hf="feed_forward.experts.")
+_EXPERTS = expert_stacks((0, 3, 1, 2), hf="feed_forward.experts.", peft_exchanges=True)
 
 LLAMA4 = ArchSpec(
     model_type="llama4_text",
@@ -54,10 +44,10 @@ LLAMA4 = ArchSpec(
         "rope_theta": 500_000.0,
         "num_experts_per_tok": 1,
         "intermediate_size_mlp": 16384,
-        STEP: 1,
+        "interleave_moe_layer_step": 1,
         "use_qk_norm": True,
         "router_aux_loss_coef": 0.001,
     },
     layout=(*_EXPERTS, Rename("feed_forward.router", "mlp.gate"), Rename("feed_forward", "mlp")),
-    expert_parameters=tuple(dataclasses.replace(op, peft_exchanges=True) for op in _EXPERTS),
+    expert_parameters=_EXPERTS,
 )

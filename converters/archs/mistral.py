@@ -5,8 +5,8 @@ GGUF has no architecture of this name: llama.cpp's converter writes "llama", and
 
 from __future__ import annotations
 
-from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
-from converters.archs.common import read_common, read_common_gguf, read_windows, write_common_gguf
+from converters.archs.base import ArchSpec, ConfigReader, GGUFArch
+from converters.archs.common import gguf_rows, read_common, read_windows
 from converters.tensor_ops import PERMUTE_QK
 from jaxft.models.config import DecoderConfig
 
@@ -16,15 +16,11 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(**fields, **read_windows(reader, fields["num_hidden_layers"]))
 
 
-def _read_gguf(reader: MetadataReader) -> dict:
-    return {**read_common_gguf(reader), "sliding_window": None}
-
-
 MISTRAL = ArchSpec(
     model_type="mistral",
     architecture="MistralForCausalLM",
     read_config=_read_config,
-    gguf=GGUFArch("llama", _read_gguf, write_common_gguf, PERMUTE_QK),
+    gguf=GGUFArch("llama", gguf_rows(), hf={"sliding_window": None}, tensor_ops=PERMUTE_QK),
     models="Mistral 7B, Nemo and Small (text)",
     defaults={"num_key_value_heads": 8, "sliding_window": 4096},
 )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
-from converters.archs.common import read_common, read_common_gguf, read_windows, write_common_gguf
-from converters.archs.moe import EXPERT_PARAMETERS, read_moe, read_moe_gguf, write_moe_gguf
+from converters.archs.base import ArchSpec, ConfigReader, GGUFArch
+from converters.archs.common import gguf_rows, read_common, read_windows
+from converters.archs.moe import EXPERT_PARAMETERS, expert_keys, read_moe
 from converters.expert_layout import Rename
 from converters.tensor_ops import PERMUTE_QK
 from jaxft.models.config import DecoderConfig
@@ -18,29 +16,20 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(
         **fields,
         **read_windows(reader, fields["num_hidden_layers"]),
-        moe=read_moe(
-            reader,
-            experts="num_local_experts",
-            moe_intermediate_size=fields["intermediate_size"],
-            norm_topk_prob=True,
-            expert_act=fields["hidden_act"],
-        ),
+        moe=read_moe(reader, fields, experts="num_local_experts", norm_topk_prob=True),
     )
-
-
-def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
-    return {**read_common_gguf(reader, moe=True), **read_moe_gguf(reader, experts="num_local_experts")}
-
-
-def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
-    return {**write_common_gguf(config, said=("moe",)), **write_moe_gguf(config, norm_topk_prob=True)}
 
 
 MIXTRAL = ArchSpec(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     read_config=_read_config,
-    gguf=GGUFArch("llama", _read_gguf, _write_gguf, PERMUTE_QK, experts=True),
+    gguf=GGUFArch(
+        "llama",
+        gguf_rows(*expert_keys(num_experts="num_local_experts")),
+        graph={"norm_topk_prob": True},
+        tensor_ops=PERMUTE_QK,
+    ),
     models="Mixtral 8x7B and 8x22B",
     defaults={"num_key_value_heads": 8, "rope_theta": 1_000_000.0, "router_aux_loss_coef": 0.001},
     layout=(

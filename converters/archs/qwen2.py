@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
-from converters.archs.common import read_common, read_common_gguf, read_optional_windows, write_common_gguf
+from converters.archs.base import ArchSpec, ConfigReader, GGUFArch
+from converters.archs.common import gguf_rows, read_common, read_optional_windows
 from jaxft.models.config import DecoderConfig, LayerType
 
 
@@ -21,19 +21,11 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(**fields, qkv_bias=True, **read_qwen_windows(reader, fields["num_hidden_layers"]))
 
 
-def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
-    return read_common_gguf(reader)
-
-
-def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
-    return write_common_gguf(config, qkv_bias=True)
-
-
 QWEN2 = ArchSpec(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     read_config=_read_config,
-    gguf=GGUFArch("qwen2", _read_gguf, _write_gguf),
+    gguf=GGUFArch("qwen2", gguf_rows(), graph={"qkv_bias": True}),
     models="Qwen2, Qwen2.5",
     defaults={"num_key_value_heads": 32, "sliding_window": 4096},
 )

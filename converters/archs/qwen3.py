@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
-from converters.archs.common import read_common, read_common_gguf, write_common_gguf
+from converters.archs.base import ArchSpec, ConfigReader, GGUFArch
+from converters.archs.common import gguf_rows, read_common
 from converters.archs.qwen2 import read_qwen_windows
 from jaxft.models.config import DecoderConfig
 
@@ -16,19 +14,11 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(**fields, qk_norm="head", **windows)
 
 
-def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
-    return {**read_common_gguf(reader), "attention_bias": False}
-
-
-def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
-    return write_common_gguf(config, qk_norm="head")
-
-
 QWEN3 = ArchSpec(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     read_config=_read_config,
-    gguf=GGUFArch("qwen3", _read_gguf, _write_gguf),
+    gguf=GGUFArch("qwen3", gguf_rows(), graph={"qk_norm": "head"}, hf={"attention_bias": False}),
     models="Qwen3 0.6B to 32B (dense)",
     defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
 )

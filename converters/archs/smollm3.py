@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
-from converters.archs.common import (
-    read_common,
-    read_common_gguf,
-    read_optional_windows,
-    read_rotating_layers,
-    write_common_gguf,
-)
+from converters.archs.base import ArchSpec, ConfigReader, GGUFArch
+from converters.archs.common import every_fourth, gguf_rows, read_common, read_nope_layers, read_optional_windows
 from converters.tensor_ops import PERMUTE_QK
 from jaxft.models.config import DecoderConfig, LayerType
 
@@ -19,33 +11,27 @@ from jaxft.models.config import DecoderConfig, LayerType
 def _read_config(reader: ConfigReader) -> DecoderConfig:
     fields = read_common(reader, attention_bias=False)
     layers = fields["num_hidden_layers"]
-    rotates = read_rotating_layers(reader, layers)
-    types: list[LayerType] = ["full_attention" if rotate else "sliding_attention" for rotate in rotates]
+    nope = read_nope_layers(reader, layers)
+    types: list[LayerType] = ["sliding_attention" if i in nope else "full_attention" for i in range(layers)]
     return DecoderConfig(
         **fields,
-        nope_layers=tuple(i for i in range(layers) if not rotates[i]),
+        nope_layers=nope,
         mlp_bias=reader.take("mlp_bias", False),
         **read_optional_windows(reader, layers, types),
     )
-
-
-def _every_fourth(layers: int) -> tuple[int, ...]:
-    return tuple(range(3, layers, 4))
-
-
-def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
-    return {**read_common_gguf(reader), "attention_bias": False, "mlp_bias": False, "no_rope_layer_interval": 4}
-
-
-def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
-    return write_common_gguf(config, nope_layers=_every_fourth(config.num_hidden_layers))
 
 
 SMOLLM3 = ArchSpec(
     model_type="smollm3",
     architecture="SmolLM3ForCausalLM",
     read_config=_read_config,
-    gguf=GGUFArch("smollm3", _read_gguf, _write_gguf, PERMUTE_QK),
+    gguf=GGUFArch(
+        "smollm3",
+        gguf_rows(),
+        graph={"nope_layers": every_fourth},
+        hf={"attention_bias": False, "mlp_bias": False, "no_rope_layer_interval": 4},
+        tensor_ops=PERMUTE_QK,
+    ),
     models="SmolLM3 3B",
     defaults={"num_key_value_heads": 4, "rope_theta": 2_000_000.0, "tie_word_embeddings": True},
 )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
-from converters.archs.base import ArchSpec, ConfigReader, GGUFArch, MetadataReader
-from converters.archs.common import LAYER_NORM_EPS, read_common, read_common_gguf, read_windows, write_common_gguf
+from converters.archs.base import ArchSpec, ConfigReader, GGUFArch
+from converters.archs.common import LAYER_NORM_EPS, gguf_rows, read_common, read_windows
+from converters.archs.gguf_keys import Fixed
 from converters.layout import Fuse
 from jaxft.models.config import DecoderConfig
+
+# What the class and llama.cpp's graph fix.
+_FIXED = {"norm": "layer_norm", "norm_bias": True, "gated_mlp": False}
+_BIASES = ("qkv_bias", "o_bias", "mlp_bias")
 
 
 def _read_config(reader: ConfigReader) -> DecoderConfig:
@@ -20,32 +25,9 @@ def _read_config(reader: ConfigReader) -> DecoderConfig:
     fields = read_common(reader, eps="norm_epsilon")
     return DecoderConfig(
         **fields,
-        norm="layer_norm",
-        norm_bias=True,
-        gated_mlp=False,
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=bias,
+        **_FIXED,
+        **dict.fromkeys(_BIASES, bias),
         **read_windows(reader, fields["num_hidden_layers"]),
-    )
-
-
-def _read_gguf(reader: MetadataReader) -> dict[str, Any]:
-    fields = read_common_gguf(reader, hidden_act="gelu_pytorch_tanh", eps="norm_epsilon", eps_key=LAYER_NORM_EPS)
-    return {**fields, "use_bias": True}
-
-
-def _write_gguf(config: DecoderConfig) -> dict[str, int | float | str]:
-    return write_common_gguf(
-        config,
-        eps_key=LAYER_NORM_EPS,
-        hidden_act="gelu_pytorch_tanh",
-        norm="layer_norm",
-        norm_bias=True,
-        gated_mlp=False,
-        qkv_bias=True,
-        o_bias=True,
-        mlp_bias=True,
     )
 
 
@@ -53,7 +35,15 @@ STARCODER2 = ArchSpec(
     model_type="starcoder2",
     architecture="Starcoder2ForCausalLM",
     read_config=_read_config,
-    gguf=GGUFArch("starcoder2", _read_gguf, _write_gguf),
+    gguf=GGUFArch(
+        "starcoder2",
+        gguf_rows(
+            Fixed("hidden_act", "hidden_act", "gelu_pytorch_tanh"),
+            eps=dataclasses.replace(LAYER_NORM_EPS, hf="norm_epsilon"),
+        ),
+        graph={**_FIXED, **dict.fromkeys(_BIASES, True)},
+        hf={"use_bias": True},
+    ),
     models="StarCoder2 3B, 7B, 15B",
     defaults={"num_key_value_heads": 2, "tie_word_embeddings": True},
     layout=(Fuse("mlp.c_fc", ("mlp.up_proj",)), Fuse("mlp.c_proj", ("mlp.down_proj",))),
