@@ -1,4 +1,4 @@
-"""Values as the bytes of a GGUF file: a few rows after the other, large models' in several processes."""
+"""Values as the bytes of a GGUF file: a few rows after the other, large models' in processes of their own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from converters.gguf_quants import QUANTIZABLE, Quantize, quantize
-from converters.gguf_workers import Workers, n_workers
+from converters.gguf_workers import Workers, n_workers, worth_compiling
 from jaxft.errors import JaxftError
 
 # Values that are encoded at once: what lies in memory beside the tensor is a few of these for each process.
@@ -61,19 +61,20 @@ def write_data(data: Iterable[tuple[io.BufferedIOBase, Data]], n_values: int) ->
     Raises:
       JaxftError: see `encode`; or one of the processes was ended.
     """
-    with contextlib.closing(_encoded(data, n_workers(n_values))) as blocks:
+    n = n_workers(n_values)
+    with contextlib.closing(_encoded(data, n, worth_compiling(n_values, n))) as blocks:
         for file, block in blocks:
             file.write(block)
 
 
 def _encoded(
-    data: Iterable[tuple[io.BufferedIOBase, Data]], n: int
+    data: Iterable[tuple[io.BufferedIOBase, Data]], n: int, compiled: bool
 ) -> Generator[tuple[io.BufferedIOBase, bytes | memoryview]]:
     blocks = ((file, part) for file, item in data for part in _blocks(item))
-    if n == 1:
+    if n == 1 and not compiled:
         yield from map(partial(_bytes, quantize), blocks)
         return
-    with Workers(n) as workers:
+    with Workers(n, compiled=compiled) as workers:
         yield from workers.map(partial(_bytes, workers.quantize), blocks)
 
 

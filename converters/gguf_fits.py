@@ -6,6 +6,7 @@ order of operations; see `converters.gguf_quants`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,11 @@ class Trials(NamedTuple):
     first: float
     delta: float
     steps: int
+
+    def scaled_tops(self, top: int) -> np.ndarray:
+        """What the range of a group becomes in each, float32 [steps + 1]."""
+        offsets = np.float32(self.first) + np.float32(self.delta) * np.arange(self.steps + 1, dtype=np.float32)
+        return offsets + np.float32(top)
 
 
 def fit_affine(x: np.ndarray, weights: np.ndarray, top: int, trials: Trials, *, absolute: bool = False) -> Affine:
@@ -68,9 +74,8 @@ def fit_affine(x: np.ndarray, weights: np.ndarray, top: int, trials: Trials, *, 
     fit = Affine(1 / inverse, low, inverse, low.copy())
     round_to_levels(inverse)
     best = error(fit.scale, low)
-    for step in range(trials.steps + 1):
-        offset = np.float32(trials.first) + np.float32(trials.delta) * np.float32(step)
-        inverse = (offset + np.float32(top)) / (high - low)
+    for scaled_top in trials.scaled_tops(top):
+        inverse = scaled_top / (high - low)
         round_to_levels(inverse)
         sum_l = sum_of(np.multiply(weights, levels, out=weighted))
         sum_xl = sum_of(np.multiply(weighted, x, out=work))
@@ -101,10 +106,9 @@ class Linear(NamedTuple):
     levels: np.ndarray
 
 
-def fit_linear(x: np.ndarray, top: int, weights: np.ndarray | None = None) -> Linear:
-    """ggml's make_qx_quants: the best of 19 trial scales; levels from -top to top - 1. No weights: x^2."""
+def search_linear(x: np.ndarray, weights: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best of 19 trial scales of x ~ scale * level, and what the levels came from: float32 [groups] each."""
     largest = largest_of(x)
-    weights = x * x if weights is None else weights
     weighted_x = weights * x
     levels, work = np.empty_like(x), np.empty_like(x)
 
@@ -120,18 +124,44 @@ def fit_linear(x: np.ndarray, top: int, weights: np.ndarray | None = None) -> Li
     sum_lx, sum_l2 = sums(inverse)
     scale = np.where(sum_l2 != 0, sum_lx / sum_l2, np.float32(0))
     best = scale * sum_lx
-    for step in (*range(-9, 0), *range(1, 10)):
-        trial = -(np.float32(top) + np.float32(0.1) * np.float32(step)) / largest
+    for scaled_top in linear_trials(top):
+        trial = scaled_top / largest
         sum_lx, sum_l2 = sums(trial)
         better = np.flatnonzero((sum_l2 > 0) & (sum_lx * sum_lx > best * sum_l2))
         inverse[better] = trial[better]
         scale[better] = sum_lx[better] / sum_l2[better]
         best[better] = scale[better] * sum_lx[better]
-    zero = np.abs(largest) < EPSILON
-    scale[zero] = 0
-    chosen = (np.clip(nearest_int(x * inverse), -top, top - 1) + top).astype(np.uint8)
-    chosen[:, zero] = 0
-    return Linear(scale, chosen)
+    scale[np.abs(largest) < EPSILON] = 0
+    return scale, inverse
+
+
+def linear_trials(top: int) -> np.ndarray:
+    """What the largest value of a group becomes in each trial but the first, float32 [18]."""
+    steps = np.array([*range(-9, 0), *range(1, 10)], np.float32)
+    return -(np.float32(top) + np.float32(0.1) * steps)
+
+
+class Fits(NamedTuple):
+    """The searches that take most of the time: `fit_affine` and `search_linear`, or what does the same."""
+
+    affine: Callable[..., Affine]
+    linear: Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+
+
+NUMPY = Fits(fit_affine, search_linear)
+
+
+def fit_linear(x: np.ndarray, top: int, weights: np.ndarray, *, fits: Fits = NUMPY) -> Linear:
+    """ggml's make_qx_quants: the best of 19 trial scales; levels from -top to top - 1."""
+    scale, inverse = fits.linear(x, weights, top)
+    return Linear(scale, linear_levels(x, inverse, top))
+
+
+def linear_levels(x: np.ndarray, inverse: np.ndarray, top: int) -> np.ndarray:
+    """The levels + `top` that the search chose, uint8 [n, groups]."""
+    levels = (np.clip(nearest_int(x * inverse), -top, top - 1) + top).astype(np.uint8)
+    levels[:, np.abs(largest_of(x)) < EPSILON] = 0
+    return levels
 
 
 def fit_by_coordinates(x: np.ndarray, top: int) -> Linear:
@@ -272,4 +302,7 @@ def reciprocal(x: np.ndarray) -> np.ndarray:
 
 def nearest_int(x: np.ndarray) -> np.ndarray:
     """ggml's nearest_int: half to even, by the bits of x + 1.5 * 2^23. int32; what is not finite gives no error."""
-    return ((x + np.float32(12582912)).view(np.int32) & 0x7FFFFF) - 0x400000
+    bits = (x + np.float32(12582912)).view(np.int32)
+    bits &= 0x7FFFFF
+    bits -= 0x400000
+    return bits

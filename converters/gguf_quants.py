@@ -23,10 +23,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from converters.gguf_fits import (
     EPSILON,
+    NUMPY,
     Affine,
-    Linear,
+    Fits,
     Trials,
-    fit_affine,
     fit_by_coordinates,
     fit_iq4,
     fit_linear,
@@ -35,6 +35,7 @@ from converters.gguf_fits import (
     in_blocks,
     largest_of,
     levels_of,
+    linear_levels,
     lowest_of,
     nearest_int,
     nearest_iq4,
@@ -52,7 +53,9 @@ _Q2_TRIALS, _Q4_TRIALS, _Q5_TRIALS = Trials(-0.5, 0.1, 15), Trials(-1.0, 0.1, 20
 _WEIGHTED_TRIALS = Trials(-0.9, 0.05, 36)
 
 
-def quantize(matrix: np.ndarray, kind: GGMLQuantizationType, importance: np.ndarray | None = None) -> np.ndarray:
+def quantize(
+    matrix: np.ndarray, kind: GGMLQuantizationType, importance: np.ndarray | None = None, *, fits: Fits = NUMPY
+) -> np.ndarray:
     """The matrix in a quantized type.
 
     Args:
@@ -60,6 +63,7 @@ def quantize(matrix: np.ndarray, kind: GGMLQuantizationType, importance: np.ndar
       kind: a type of `QUANTIZABLE`.
       importance: float32 [columns]: the mean squares of what each column is multiplied by, which weigh its rounding
         errors. Types not in `WEIGHTED` do without.
+      fits: how the longest searches are made.
 
     Returns:
       uint8 [..., bytes of a row].
@@ -73,11 +77,13 @@ def quantize(matrix: np.ndarray, kind: GGMLQuantizationType, importance: np.ndar
     step = max(1, _CHUNK // rows.shape[1])
     for start in range(0, len(rows), step):
         some = rows[start : start + step]
-        quantized[start : start + step] = _quantize_rows(some, kind, importance).reshape(len(some), -1)
+        quantized[start : start + step] = _quantize_rows(some, kind, importance, fits).reshape(len(some), -1)
     return quantized.reshape(*matrix.shape[:-1], -1)
 
 
-def _quantize_rows(rows: np.ndarray, kind: GGMLQuantizationType, importance: np.ndarray | None) -> np.ndarray:
+def _quantize_rows(
+    rows: np.ndarray, kind: GGMLQuantizationType, importance: np.ndarray | None, fits: Fits
+) -> np.ndarray:
     """uint8 [blocks, bytes of a block]."""
     rows = rows.astype(np.float32, copy=False)
     if not np.isfinite(rows).all():
@@ -86,9 +92,9 @@ def _quantize_rows(rows: np.ndarray, kind: GGMLQuantizationType, importance: np.
     # Divisions by the scale 0 of a constant group are sorted out where their results would be used.
     with np.errstate(all="ignore"):
         if importance is None or kind not in WEIGHTED:
-            quantized = _QUANTIZERS[kind](blocks)
+            quantized = _QUANTIZERS[kind](blocks, None, fits)
         else:
-            quantized = _QUANTIZERS[kind](blocks, Importance.of(rows, importance, blocks.shape[1]))
+            quantized = _QUANTIZERS[kind](blocks, Importance.of(rows, importance, blocks.shape[1]), fits)
     for offset in _SCALES[kind]:
         if not np.isfinite(np.ascontiguousarray(quantized[:, offset : offset + 2]).view(np.float16)).all():
             raise FloatingPointError("a scale is beyond float16")
@@ -119,7 +125,7 @@ def _mean_square(blocks: np.ndarray, factor: float = 1) -> np.ndarray:
     return np.float32(factor) * sum_of(np.ascontiguousarray(np.square(blocks).T)) / np.float32(blocks.shape[1])
 
 
-def _q8_0(blocks: np.ndarray) -> np.ndarray:
+def _q8_0(blocks: np.ndarray, *_: object) -> np.ndarray:
     x = groups_of(blocks, 32)
     d = np.abs(x).max(axis=0) / np.float32(127)
     scaled = x * reciprocal(d)
@@ -128,7 +134,7 @@ def _q8_0(blocks: np.ndarray) -> np.ndarray:
     return np.concatenate([_bytes(d.astype(np.float16)), levels.T.view(np.uint8)], axis=1)
 
 
-def _symmetric(blocks: np.ndarray, importance: Importance | None = None, *, bits: int) -> np.ndarray:
+def _symmetric(blocks: np.ndarray, importance: Importance | None, fits: Fits, *, bits: int) -> np.ndarray:
     """Q4_0 and Q5_0: the largest value becomes the lowest level."""
     x, half = groups_of(blocks, 32), 2 ** (bits - 1)
     if importance is None:
@@ -136,11 +142,11 @@ def _symmetric(blocks: np.ndarray, importance: Importance | None = None, *, bits
         levels = _truncate(x * reciprocal(d) + np.float32(half + 0.5))
         levels = np.minimum(levels, np.int8(2 * half - 1)).view(np.uint8)
     else:
-        d, levels = fit_linear(x, half, importance.weights(blocks, 32, importance.row_mean))
+        d, levels = fit_linear(x, half, importance.weights(blocks, 32, importance.row_mean), fits=fits)
     return np.concatenate([_bytes(d.astype(np.float16)), *_nibbles(levels, bits)], axis=1)
 
 
-def _with_minimum(blocks: np.ndarray, importance: Importance | None = None, *, bits: int) -> np.ndarray:
+def _with_minimum(blocks: np.ndarray, importance: Importance | None, fits: Fits, *, bits: int) -> np.ndarray:
     """Q4_1 and Q5_1: levels from the smallest value up."""
     x, top = groups_of(blocks, 32), 2**bits - 1
     if importance is None:
@@ -149,7 +155,7 @@ def _with_minimum(blocks: np.ndarray, importance: Importance | None = None, *, b
         levels = _truncate((x - low) * reciprocal(d) + np.float32(0.5))
         levels = np.minimum(levels, np.int8(top)).view(np.uint8)
     else:
-        fit = fit_affine(x, importance.weights(blocks, 32, importance.row_mean), top, _WEIGHTED_TRIALS)
+        fit = fits.affine(x, importance.weights(blocks, 32, importance.row_mean), top, _WEIGHTED_TRIALS)
         d, low, levels = fit.scale + np.float32(0), fit.minimum, levels_of(x, fit, top)  # + 0: as above
     halves = (_bytes(part.astype(np.float16)) for part in (d, low))
     return np.concatenate([*halves, *_nibbles(levels, bits)], axis=1)
@@ -162,21 +168,21 @@ def _nibbles(levels: np.ndarray, bits: int) -> list[np.ndarray]:
     return [*fifth, _pack(levels & 15)]
 
 
-def _q2_k(blocks: np.ndarray, importance: Importance | None = None) -> np.ndarray:
+def _q2_k(blocks: np.ndarray, importance: Importance | None, fits: Fits) -> np.ndarray:
     x = groups_of(blocks, 16)
     if importance is None:
-        fit = fit_affine(x, np.abs(x), 3, _Q2_TRIALS, absolute=True)
+        fit = fits.affine(x, np.abs(x), 3, _Q2_TRIALS, absolute=True)
         scale, minimum = _shared_scale(fit.scale, 15, 16), _shared_scale(-fit.minimum, 15, 16)
     else:
         weights = importance.weights(blocks, 16, _mean_square(blocks))
-        fit = fit_affine(x, weights, 3, _WEIGHTED_TRIALS)
+        fit = fits.affine(x, weights, 3, _WEIGHTED_TRIALS)
         scale, minimum = (_weighted_scale(values, 15, 16, weights) for values in (fit.scale, -fit.minimum))
     levels = _requantize_affine(x, fit, scale, minimum, 3)
     packed = (scale[1] | minimum[1] << 4).astype(np.uint8)
     return np.concatenate([packed, _pack(levels.reshape(-1, 2, 4, 32)), _bytes(scale[0]), _bytes(minimum[0])], axis=1)
 
 
-def _q3_k(blocks: np.ndarray, importance: Importance | None = None) -> np.ndarray:
+def _q3_k(blocks: np.ndarray, importance: Importance | None, fits: Fits) -> np.ndarray:
     x = groups_of(blocks, 16)
     if importance is None:
         fit = fit_by_coordinates(x, 4)
@@ -185,37 +191,37 @@ def _q3_k(blocks: np.ndarray, importance: Importance | None = None) -> np.ndarra
         d = np.where(np.isfinite(inverse), 1 / inverse, np.float32(0)).astype(np.float16)
     else:
         weights = importance.weights(blocks, 16, _mean_square(blocks, 2))
-        fit = fit_linear(x, 4, weights)
+        fit = fit_linear(x, 4, weights, fits=fits)
         shared = fit_linear(groups_of(fit.scale, 16), 32, groups_of(sum_of(weights), 16))
         d, codes = shared.scale.astype(np.float16), np.ascontiguousarray(shared.levels.T)
-    levels = _requantize_linear(x, fit, d, codes.astype(np.int32) - 32, 4)
+    levels = _requantize_linear(x, lambda zero: fit.levels[:, zero], d, codes.astype(np.int32) - 32, 4)
     high_bits, low_bits = _pack((levels >> 2).reshape(-1, 1, 8, 32)), _pack((levels & 3).reshape(-1, 2, 4, 32))
     packed = [codes[:, :8] & 15 | (codes[:, 8:] & 15) << 4, _pack((codes >> 4).reshape(-1, 1, 4, 4))]
     return np.concatenate([high_bits, low_bits, *packed, _bytes(d)], axis=1)
 
 
-def _q4_k(blocks: np.ndarray, importance: Importance | None = None) -> np.ndarray:
-    header, levels = _k_scales_and_levels(blocks, importance, 15, _Q4_TRIALS)
+def _q4_k(blocks: np.ndarray, importance: Importance | None, fits: Fits) -> np.ndarray:
+    header, levels = _k_scales_and_levels(blocks, importance, fits, 15, _Q4_TRIALS)
     return np.concatenate([header, _pack(levels.reshape(-1, 4, 2, 32))], axis=1)
 
 
-def _q5_k(blocks: np.ndarray, importance: Importance | None = None) -> np.ndarray:
-    header, levels = _k_scales_and_levels(blocks, importance, 31, _Q5_TRIALS)
+def _q5_k(blocks: np.ndarray, importance: Importance | None, fits: Fits) -> np.ndarray:
+    header, levels = _k_scales_and_levels(blocks, importance, fits, 31, _Q5_TRIALS)
     fifth_bits = _pack((levels >> 4).reshape(-1, 1, 8, 32))
     return np.concatenate([header, fifth_bits, _pack((levels & 15).reshape(-1, 4, 2, 32))], axis=1)
 
 
 def _k_scales_and_levels(
-    blocks: np.ndarray, importance: Importance | None, top: int, trials: Trials
+    blocks: np.ndarray, importance: Importance | None, fits: Fits, top: int, trials: Trials
 ) -> tuple[np.ndarray, np.ndarray]:
     """What Q4_K and Q5_K share: float16 d and d_min with eight 6-bit scales and minima, uint8 [blocks, 16]; levels."""
     x = groups_of(blocks, 32)
     if importance is None:
-        fit = fit_affine(x, np.sqrt(sum_of(x * x) / np.float32(32)) + np.abs(x), top, trials)
+        fit = fits.affine(x, np.sqrt(sum_of(x * x) / np.float32(32)) + np.abs(x), top, trials)
         scale, minimum = _shared_scale(fit.scale, 63, 8), _shared_scale(-fit.minimum, 63, 8)
     else:
         weights = importance.weights(blocks, 32, _mean_square(blocks, 2))
-        fit = fit_affine(x, weights, top, _WEIGHTED_TRIALS)
+        fit = fits.affine(x, weights, top, _WEIGHTED_TRIALS)
         scale, minimum = (_weighted_scale(values, 63, 8, weights) for values in (fit.scale, -fit.minimum))
     levels = _requantize_affine(x, fit, scale, minimum, top)
     (d, scales), (d_min, minima) = scale, minimum
@@ -227,17 +233,17 @@ def _k_scales_and_levels(
     return np.concatenate([_bytes(d), _bytes(d_min), *packed], axis=1), levels
 
 
-def _q6_k(blocks: np.ndarray, importance: Importance | None = None) -> np.ndarray:
+def _q6_k(blocks: np.ndarray, importance: Importance | None, fits: Fits) -> np.ndarray:
     x = groups_of(blocks, 16)
-    fit = fit_linear(x, 32, None if importance is None else groups_of(importance.values, 16))
-    inverse, scales = _signed_scales(fit.scale, -128, 127)
+    scale, origin = fits.linear(x, x * x if importance is None else groups_of(importance.values, 16), 32)
+    inverse, scales = _signed_scales(scale, -128, 127)
     d = (1 / inverse).astype(np.float16)
-    levels = _requantize_linear(x, fit, d, scales, 32)
+    levels = _requantize_linear(x, lambda zero: linear_levels(x[:, zero], origin[zero], 32), d, scales, 32)
     halves = levels.reshape(-1, 2, 4, 32)
     low = _pack((halves & 15).reshape(-1, 2, 2, 2, 32).swapaxes(2, 3).reshape(-1, 4, 2, 32))
     parts = [low, _pack(halves >> 4), scales.astype(np.int8).view(np.uint8), _bytes(d)]
     quantized = np.concatenate(parts, axis=1)
-    quantized[np.abs(fit.scale).reshape(-1, 16).max(axis=1) < EPSILON] = 0
+    quantized[np.abs(scale).reshape(-1, 16).max(axis=1) < EPSILON] = 0
     return quantized
 
 
@@ -247,14 +253,14 @@ def _iq4_scales(blocks: np.ndarray, importance: Importance | None) -> np.ndarray
     return fit_iq4(groups_of(blocks, 32), weights)
 
 
-def _iq4_nl(blocks: np.ndarray, importance: Importance | None = None) -> np.ndarray:
+def _iq4_nl(blocks: np.ndarray, importance: Importance | None, _: Fits) -> np.ndarray:
     scale = _iq4_scales(blocks, importance)
     inverse = reciprocal(scale)
     levels = nearest_iq4(blocks * inverse[:, None])
     return np.concatenate([_bytes(scale.astype(np.float16)), _pack(levels.reshape(-1, 1, 2, 16))], axis=1)
 
 
-def _iq4_xs(blocks: np.ndarray, importance: Importance | None = None) -> np.ndarray:
+def _iq4_xs(blocks: np.ndarray, importance: Importance | None, _: Fits) -> np.ndarray:
     scales = _iq4_scales(blocks, importance).reshape(-1, 8)
     d = -largest_of(scales.T) / np.float32(32)
     inverse = reciprocal(d)
@@ -307,11 +313,15 @@ def _requantize_affine(
     return in_blocks(levels)
 
 
-def _requantize_linear(x: np.ndarray, fit: Linear, d: np.ndarray, codes: np.ndarray, top: int) -> np.ndarray:
-    """Levels + `top` for the scales as they are stored, uint8 [blocks, 256]; the search's where the scale is 0."""
+def _requantize_linear(
+    x: np.ndarray, searched: Callable[[np.ndarray], np.ndarray], d: np.ndarray, codes: np.ndarray, top: int
+) -> np.ndarray:
+    """Levels + `top` for the scales as they are stored, uint8 [blocks, 256]; those `searched` where the scale is 0."""
     group_d = (d.astype(np.float32)[:, None] * codes.astype(np.float32)).reshape(-1)
     levels = (np.clip(nearest_int(x / group_d), -top, top - 1) + top).astype(np.uint8)
-    return in_blocks(np.where(group_d == 0, fit.levels, levels))
+    zero = np.flatnonzero(group_d == 0)
+    levels[:, zero] = searched(zero)
+    return in_blocks(levels)
 
 
 def _truncate(x: np.ndarray) -> np.ndarray:
@@ -331,8 +341,8 @@ def _bytes(halves: np.ndarray) -> np.ndarray:
     return halves[:, None].view(np.uint8)
 
 
-def _by_gguf(kind: GGMLQuantizationType) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda blocks: gguf.quants.quantize(blocks, kind)
+def _by_gguf(kind: GGMLQuantizationType) -> Callable[..., np.ndarray]:
+    return lambda blocks, *_: gguf.quants.quantize(blocks, kind)
 
 
 _QUANTIZERS: dict[GGMLQuantizationType, Callable[..., np.ndarray]] = {

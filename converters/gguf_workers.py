@@ -1,8 +1,9 @@
 """Processes that quantize beside each other: threads would wait for Python's lock, so short are numpy's loops here.
 
-Each runs this module, imports numpy but not jax, and has a thread here that sends it rows and takes back bytes. They
-are ordinary programs instead of `multiprocessing`'s, which would run the caller's script a second time. A process ends
-when its socket is closed, so also when this one dies in whatever way.
+Each runs this module and has a thread here that sends it rows and takes back bytes. Where it has much to do, it imports
+jax and compiles the longest searches (`converters.gguf_compiled`). They are ordinary programs instead of
+`multiprocessing`'s, which would run the caller's script a second time. A process ends when its socket is closed, so
+also when this one dies in whatever way.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ from typing import TypeVar
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from converters.gguf_fits import NUMPY, Fits
 from converters.gguf_quants import quantize
 from jaxft.errors import JaxftError
 
-# numpy's own threads are not wanted; and glibc keeps freed arrays, which otherwise costs a fifth of the time.
+# Neither numpy's own threads are wanted nor XLA's; and glibc keeps freed arrays, which otherwise costs a fifth of the
+# time.
 _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 28),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 29),
+    "JAX_PLATFORMS": "cpu",
+    "NPROC": "1",
 }
 T = TypeVar("T")
 Result = TypeVar("Result")
@@ -37,6 +42,9 @@ Result = TypeVar("Result")
 # So many values take a second or so, several times as long as a process takes to start.
 _MIN_VALUES = 1 << 23
 _MOST = 32  # each takes about 50 MB
+# So many take numpy four seconds, and jax and its compiler two. Each that compiles takes 300 MB, so there are few.
+_MIN_COMPILED_VALUES = 1 << 25
+_MOST_COMPILED = 8
 
 
 def n_workers(n_values: int) -> int:
@@ -45,18 +53,24 @@ def n_workers(n_values: int) -> int:
     return max(1, min(n_cores, _MOST, n_values // _MIN_VALUES))
 
 
-class Workers:
-    """While it is entered, `n` processes wait for rows."""
+def worth_compiling(n_values: int, n: int) -> bool:
+    """Whether `n` processes are done sooner if they compile their searches, and memory allows it."""
+    return n <= _MOST_COMPILED and n_values // n >= _MIN_COMPILED_VALUES
 
-    def __init__(self, n: int) -> None:
+
+class Workers:
+    """While it is entered, `n` processes wait for rows; `compiled`: they compile their searches."""
+
+    def __init__(self, n: int, *, compiled: bool = False) -> None:
         self._n = n
+        self._compiled = compiled
 
     def __enter__(self) -> Workers:
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._processes: list[_Process] = []
         self._threads = ThreadPoolExecutor(self._n)
         for _ in range(self._n):
-            self._processes.append(_Process())
+            self._processes.append(_Process(self._compiled))
             self._idle.put(self._processes[-1])
         return self
 
@@ -95,12 +109,12 @@ class Workers:
 class _Process:
     """One of them, seen from here."""
 
-    def __init__(self) -> None:
+    def __init__(self, compiled: bool) -> None:
         self._connection, theirs = multiprocessing.Pipe()
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "converters.gguf_workers", str(theirs.fileno())],
+                [sys.executable, "-m", "converters.gguf_workers", str(theirs.fileno()), str(int(compiled))],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -130,14 +144,14 @@ class _Process:
         self._process.wait()
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, fits: Fits) -> None:
     """Quantizes what comes until the other end is closed."""
     with contextlib.suppress(EOFError, OSError):  # OSError: in the middle of a message
         while True:
             shape, dtype, kind, importance = connection.recv()
             matrix = np.frombuffer(connection.recv_bytes(), dtype).reshape(shape)
             try:
-                quantized = quantize(matrix, GGMLQuantizationType(kind), importance)
+                quantized = quantize(matrix, GGMLQuantizationType(kind), importance, fits=fits)
             except Exception as error:  # for whoever asked
                 connection.send(error)
             else:
@@ -145,5 +159,11 @@ def _serve(connection: Connection) -> None:
                 connection.send_bytes(quantized.reshape(-1).data)
 
 
+def _compiled_fits() -> Fits:
+    from converters.gguf_compiled import COMPILED  # here, as it imports jax
+
+    return COMPILED
+
+
 if __name__ == "__main__":
-    _serve(Connection(int(sys.argv[1])))
+    _serve(Connection(int(sys.argv[1])), _compiled_fits() if int(sys.argv[2]) else NUMPY)
