@@ -23,8 +23,9 @@ import numpy as np
 from converters import gguf_fits
 from converters.gguf_fits import EPSILON, Affine, Fits, Trials, linear_trials
 
-# Values that a program works on: their arrays stay in a core's cache.
-_PIECE = 1 << 15
+# Values that a program works on: their arrays stay in a core's cache. Groups beyond a power of two keep rows from being
+# multiples of 4 KiB apart, whose addresses have the same few places in the first cache: a quarter quicker.
+_PIECE, _GROUPS_BEYOND = 1 << 16, 16
 # A third quicker than 256, XLA's own choice: sums are chains of additions that wait for each other.
 _OPTIONS = {"xla_cpu_prefer_vector_width": 512}
 
@@ -55,7 +56,7 @@ def _by_pieces(
     weights: np.ndarray,
 ) -> list[np.ndarray]:
     """What a program finds for [n, groups], some groups at a time; and the fallback for those that it doubts."""
-    size = _PIECE // len(x)
+    size = _PIECE // len(x) + _GROUPS_BEYOND
     pieces = []
     for start in range(0, x.shape[1], size):
         piece = _columns((x, weights), slice(start, start + size))
