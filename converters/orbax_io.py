@@ -63,6 +63,7 @@ class OrbaxCheckpoint:
             raise JaxftError(path, "does not exist")
         self.tensors: dict[str, TensorInfo] = _read_manifest(self._folder / ORBAX_MANIFEST)
         self.config: dict[str, Any] = read_json(self._folder / CONFIG)
+        _check_plain(self._folder / PARAMS)
         self.read(min(self.tensors, key=lambda name: nbytes(self.tensors[name])))
 
     @property
@@ -101,6 +102,13 @@ class OrbaxCheckpoint:
     @functools.cached_property
     def _checkpointer(self) -> ocp.Checkpointer:
         return ocp.PyTreeCheckpointer()
+
+
+def _check_plain(params: Path) -> None:
+    """Refuses what is neither file nor folder: Orbax would wait for ever for what comes out of a pipe."""
+    for path in params.rglob("*"):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise JaxftError(path, "is neither a file nor a folder")
 
 
 def write_orbax(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) -> Path:

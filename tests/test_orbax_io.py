@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut header": (
         lambda f: _truncate(f, f"{NORM}/.zarray"),
         NO_NORM,
+    ),
+    "a pipe": (
+        lambda f: ((f / NORM / ".zarray").unlink(), os.mkfifo(f / NORM / ".zarray")),
+        r"\.zarray: is neither a file nor a folder",
     ),
     "cut manifest": (lambda f: _truncate(f, "jaxft_checkpoint.json"), r"jaxft_checkpoint\.json: is not JSON"),
 }
