@@ -12,7 +12,7 @@ import pytest
 
 import gguf_files
 from converters.archs import ARCHS
-from converters.archs.gguf_rope import FREQUENCIES
+from converters.archs.gguf_rope import FREQUENCIES, recognise_llama3
 from converters.checkpoint import stream
 from converters.gguf_import import GGUFCheckpoint
 from converters.hf_load import HFCheckpoint
@@ -159,3 +159,9 @@ def test_frequencies_that_are_not_llama3s_are_refused(tiny_gguf: Path, tmp_path:
     path = gguf_files.changed(tiny_gguf, tmp_path / "changed.gguf", {}, {FREQUENCIES: divisors})
     with pytest.raises(JaxftError, match=r"rope_freqs\.weight: holds frequency divisors .* that are not Llama 3's"):
         GGUFCheckpoint(path)
+
+
+@pytest.mark.parametrize("parameters", [{"rope_type": "yarn"}, {"full_attention": {"rope_type": "default"}}])
+def test_frequencies_beside_another_scaling_are_refused(parameters: dict[str, Any]) -> None:
+    with pytest.raises(JaxftError, match=r"rope_freqs\.weight: cannot be combined with rope scaling"):
+        recognise_llama3(np.ones(4, np.float32), parameters, 8, "model.gguf")

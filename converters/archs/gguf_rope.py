@@ -197,8 +197,9 @@ def recognise_llama3(
       JaxftError: no llama3 scaling gives them, or there is another scaling beside them.
     """
     tensor = f"{where}, tensor {FREQUENCIES}"
-    if rope_parameters["rope_type"] != "default":
-        raise JaxftError(tensor, f"cannot be combined with rope scaling {rope_parameters['rope_type']!r}")
+    kind = rope_parameters.get("rope_type", "by kind of layer")  # Gemma 3 has parameters for each kind
+    if kind != "default":
+        raise JaxftError(tensor, f"cannot be combined with rope scaling {kind!r}")
     factor = float(divisors.max())
     for fields in _LLAMA3:
         expected = rope_divisors(RopeConfig(rope_parameters["rope_theta"], "llama3", factor, **fields), head_dim)
