@@ -76,12 +76,12 @@ def seed(key: jax.Array) -> jax.Array:
     return jax.random.key_data(key).reshape(-1)[-2:]
 
 
-def keep_mask(seed: jax.Array, shape: tuple[int, int], rate: float) -> jax.Array:
+def keep_mask(seed: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
     """bool [T, K]: which values of an input of this shape are kept; `seed` uint32 [2]."""
     rows, columns = shape
     quarter = _cdiv(columns, QUARTERS)
-    counters = (jax.lax.broadcasted_iota(jnp.int32, (rows, quarter), axis) for axis in (0, 1))
-    return jnp.concatenate(_kept(_as_int32(seed), *counters, rate), axis=1)[:, :columns]
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (rows, quarter), axis) for axis in (0, 1))
+    return jnp.concatenate(_kept(_as_int32(seed), row, column, rate), axis=1)[:, :columns]
 
 
 def kept_share(rate: float) -> float:
@@ -227,8 +227,10 @@ def _filled(x: jax.Array, axis: int, block: int) -> jax.Array:
 
 
 def _parts(grid: tuple[int, int], steps: int) -> tuple[int, int]:
-    """(parts that a sum over `steps` is cut into, steps of each but maybe the last)."""
-    each = _cdiv(steps, max(1, min(steps, _cdiv(_PROGRAMS, grid[0] * grid[1]))))
+    """(parts that a sum over `steps` is cut into, steps of each but maybe the last); none where there is nothing."""
+    if 0 in (*grid, steps):
+        return 0, 0
+    each = _cdiv(steps, min(steps, _cdiv(_PROGRAMS, grid[0] * grid[1])))
     return _cdiv(steps, each), each
 
 
@@ -304,8 +306,8 @@ def _masked(x: jax.Array, keep: jax.Array) -> jax.Array:
 
 def _kept_in_tile(seeds_ref: Any, adapter: Any, row: jax.Array, counter: jax.Array, rate: float) -> list[jax.Array]:
     shape = (len(row), len(counter))
-    counters = (jnp.broadcast_to(row[:, None], shape), jnp.broadcast_to(counter[None, :], shape))
-    return _kept((seeds_ref[adapter, 0], seeds_ref[adapter, 1]), *counters, rate)
+    rows, counters = jnp.broadcast_to(row[:, None], shape), jnp.broadcast_to(counter[None, :], shape)
+    return _kept((seeds_ref[adapter, 0], seeds_ref[adapter, 1]), rows, counters, rate)
 
 
 def _adapter_and_ranks(size: int, block: int) -> tuple[jax.Array, jax.Array]:
@@ -364,8 +366,8 @@ def _dropout_d_A_kernel(seeds_ref, x_ref, d_ref, out_ref, *, tile: _Tile, rate: 
     sums = (jnp.zeros((tile.ranks, tile.columns), jnp.float32),) * QUARTERS
     first, stop = _steps(_cdiv(num_rows, tile.rows), steps)
     sums = jax.lax.fori_loop(first, stop, add, sums)
-    for i, sum in enumerate(sums):
-        mask = None if inside[i] is None else jnp.broadcast_to(inside[i], sum.shape)
+    for i, (sum, mask) in enumerate(zip(sums, inside, strict=True)):
+        mask = None if mask is None else jnp.broadcast_to(mask, sum.shape)
         backend.store(out_ref.at[backend.program_id(2), adapter, ranks[:, None], column[i][None, :]], sum, mask=mask)
 
 

@@ -64,7 +64,10 @@ class Tiling(NamedTuple):
 
 
 # By the tokens of a block, of a dozen each on an H100.
-TILINGS = dict.fromkeys((8, 16), Tiling(64, 16, 4, 3, 1056)) | dict.fromkeys((32, 64, 128), Tiling(64, 16, 4, 3, 396))
+TILINGS: dict[int, Tiling] = {
+    **dict.fromkeys((8, 16), Tiling(64, 16, 4, 3, 1056)),
+    **dict.fromkeys((32, 64, 128), Tiling(64, 16, 4, 3, 396)),
+}
 START = 4  # what beginning and ending a program costs, in tiles decoded
 
 

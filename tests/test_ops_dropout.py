@@ -46,6 +46,17 @@ def test_a_rate_of_zero_drops_nothing() -> None:
     np.testing.assert_array_equal(dropout_low_rank(x, A, SEED[None], rate=0.0), jnp.full((1, 3, 2), 10.0))
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize("shape", [(0, 10), (3, 0)])
+def test_nothing_to_drop(shape: tuple[int, int], implementation: str) -> None:
+    x, A = jnp.ones(shape), jnp.ones((1, 2, shape[1]))
+    run = lambda x, A: dropout_low_rank(x, A, SEED[None], rate=0.5, implementation=implementation)  # noqa: E731
+    out, pull_back = jax.vjp(run, x, A)
+    d_x, d_A = pull_back(out)
+    for got, expected in ((out, (1, shape[0], 2)), (d_x, x.shape), (d_A, A.shape)):
+        np.testing.assert_array_equal(got, jnp.zeros(expected))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     x, A = jnp.ones((3, 10)), jnp.ones((2, 1, 10))
     with pytest.raises(ValueError, match=r"rate must be in \[0, 1\), not 1.0"):

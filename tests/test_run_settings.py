@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -244,3 +245,12 @@ def test_logs_that_are_not_there() -> None:
         reporting.open_sinks(SFTConfig(report_to=("paper",)))  # pyright: ignore[reportArgumentType]
     with pytest.raises(JaxftError, match=r"report_to: wandb is not installed. Install it: pip install wandb"):
         reporting.open_sinks(SFTConfig(report_to="wandb"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a program cannot tell its own peak from its parent's")
+def test_peak_memory_is_of_this_program_alone() -> None:
+    report = "from jaxft.train.metrics import peak_memory; print(peak_memory())"
+    large = f"import subprocess, sys; kept = b'1' * (1 << 30); subprocess.run([sys.executable, '-c', {report!r}])"
+    done = subprocess.run([sys.executable, "-c", large], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1 << 30
