@@ -5,7 +5,7 @@ Depends on jax and numpy only; any JAX program can use it alone.
 
 from pallas_kernels import adamw_8bit, mxfp4, nf4
 from pallas_kernels.attention import attention, cached_attention
-from pallas_kernels.dropout import dropout_low_rank, keep_mask
+from pallas_kernels.dropout import dropout_low_rank
 from pallas_kernels.gated_activation import gated_activation, gated_activation_backward
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
@@ -38,7 +38,6 @@ __all__ = [
     "gated_activation",
     "gated_activation_backward",
     "grouped_matmul",
-    "keep_mask",
     "linear_cross_entropy",
     "lora_linear",
     "lora_mlp",
