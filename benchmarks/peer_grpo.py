@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peer_steps import MODELS, OFFLINE, _model, loaded, memory, model_of, write_checkpoint
+from peer_steps import MODELS, OFFLINE, _model, loaded, memory, model_of, report, write_checkpoint
 
 _ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MODELS["llama-3.1-8b"] = _model(
@@ -259,10 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         record["error"] = f"{type(error).__name__}: {error}"[:500]
         raise
     finally:
-        print(json.dumps(record), flush=True)
-        if arguments.out:
-            with open(arguments.out, "a") as file:
-                file.write(json.dumps(record) + "\n")
+        report(record, arguments.out)
 
 
 if __name__ == "__main__":

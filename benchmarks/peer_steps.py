@@ -262,9 +262,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     record |= measure(peer, model, rows, length, arguments)
     record |= {"unsloth": unsloth.__version__, "torch": torch.__version__, "transformers": transformers}
     record["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    report(record, arguments.out)
+
+
+def report(record: dict[str, Any], out: str | None) -> None:
+    """Prints the JSON line, and appends it to a file."""
     print(json.dumps(record), flush=True)
-    if arguments.out:
-        with open(arguments.out, "a") as file:
+    if out:
+        with open(out, "a") as file:
             file.write(json.dumps(record) + "\n")
 
 

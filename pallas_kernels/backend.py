@@ -149,6 +149,13 @@ def refuses_platform(platform: str) -> str | None:
     return None if platform in PLATFORMS else f"it is written for NVIDIA GPUs (interpreted on a CPU), not {platform!r}"
 
 
+def refuses_dtype_or_platform(platform: str, x: jax.Array, *args: Any, **kwargs: Any) -> str | None:
+    """The same of kernels with products of x, which take floats of 16 and 32 bits."""
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"it computes in float32, bfloat16 or float16, not {x.dtype}"
+    return refuses_platform(platform)
+
+
 def call(
     kernel: Callable[..., None],
     *arguments: jax.Array,

@@ -402,12 +402,6 @@ def _dropout_d_x_kernel(seeds_ref, d_ref, A_ref, out_ref, *, tile: _Tile, rate: 
 # --- the op -------------------------------------------------------------------------------------------------------
 
 
-def _pallas_refuses(platform: str, x: jax.Array, *args: Any, **kwargs: Any) -> str | None:
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"it computes in float32, bfloat16 or float16, not {x.dtype}"
-    return backend.refuses_platform(platform)
-
-
 def _rank(platform: str, x: jax.Array, *args: Any, **kwargs: Any) -> tuple[Choice, ...]:
     if platform == "gpu":
         return (Choice("pallas", "XLA writes what is left of x for each adapter to memory, and multiplies then"),)
@@ -438,7 +432,9 @@ DROPOUT_LOW_RANK = register(
         saves="masks and copies of x; random numbers four values at a time",
         implementations={
             "xla": Implementation(functools.partial(_run, _PRODUCTS["xla"])),
-            "pallas": Implementation(functools.partial(_run, _PRODUCTS["pallas"]), refuses=_pallas_refuses),
+            "pallas": Implementation(
+                functools.partial(_run, _PRODUCTS["pallas"]), refuses=backend.refuses_dtype_or_platform
+            ),
         },
         rank=_rank,
         cases=(

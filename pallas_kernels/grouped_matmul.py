@@ -428,12 +428,6 @@ def _grouped_sums_kernel(
 # --- the op -------------------------------------------------------------------------------------------------------
 
 
-def _pallas_refuses(platform: str, x: jax.Array, *args: Any, **kwargs: Any) -> str | None:
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"it computes in float32, bfloat16 or float16, not {x.dtype}"
-    return backend.refuses_platform(platform)
-
-
 def _rank(platform: str, x: jax.Array, *args: Any, **kwargs: Any) -> tuple[Choice, ...]:
     if platform == "gpu":
         why = "XLA multiplies every row by every expert's weight and masks the rest; the kernel only by its own"
@@ -466,7 +460,7 @@ GROUPED_MATMUL = register(
         saves="products with experts that a row did not choose, [E, M, in] copies, W + BA",
         implementations={
             "xla": Implementation(functools.partial(_run, _Ragged)),
-            "pallas": Implementation(functools.partial(_run, _Tiled), refuses=_pallas_refuses),
+            "pallas": Implementation(functools.partial(_run, _Tiled), refuses=backend.refuses_dtype_or_platform),
         },
         rank=_rank,
         cases=(
