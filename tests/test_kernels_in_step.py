@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 
 from benchmarks.train import MODELS, random_batch
 from jaxft import lora, losses
@@ -19,6 +20,7 @@ from jaxft.plan import abstract_model
 from jaxft.train.step import make_train_step
 from lowering import h100, kernel_names
 from models import batch_of, decoder_of, random_examples, with_adapter
+from tiny import hf_config
 
 # One layer's calls (a scan's body counts once) and those of the final norm and the loss.
 WITHOUT_REMAT = {
@@ -56,12 +58,16 @@ OF_DROPOUT = {"dropout_low_rank_kernel": 4, "dropout_d_A_kernel": 4, "dropout_d_
 
 def lowered_step(remat: str, **settings: Any) -> str:
     """Of a decoder with an adapter of these settings; without any, with one that trains already."""
-    decoder = decoder_of(quantization="nf4", remat=remat)
+    # Biases, so that there are some to train.
+    hf = hf_config(attention_bias=True, mlp_bias=True) if "bias" in settings else hf_config()
+    decoder = decoder_of(hf, quantization="nf4", remat=remat)
     if settings:
         lora.attach(decoder, lora.LoraConfig(r=4, **settings), key=jax.random.key(0))
     else:
         decoder = with_adapter(decoder)
     graphdef, trainable, frozen = labels.split(decoder)
+    names = {str(path[-1]) for path in nnx.to_flat_state(trainable).paths}
+    assert ("bias" in names) == ("bias" in settings), "biases train where they are meant"
     frozen = frozen_for(decoder, frozen)
     tx = optax.sgd(1.0)
     batch = batch_of(random_examples([9, 4, 12, 7]), [[0, 1], [2, 3]], 32)
